@@ -1,0 +1,58 @@
+"""Attention of many query heads over few key/value heads, through torch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def causal_key_mask(key_mask: Tensor) -> Tensor:
+    """Key padding (b, n) -> which key each query may see, (b, 1, n, n): the past that is not padding, and itself.
+
+    Itself also where it is padding: a query that sees nothing would turn into NaN and spread.
+    """
+    n = key_mask.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=key_mask.device).tril()
+    itself = torch.eye(n, dtype=torch.bool, device=key_mask.device)
+    return rearrange(key_mask, "b j -> b 1 1 j") & causal | itself
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v by `scaled_dot_product_attention`.
+
+    `use_flash_attn` is the reference's switch between two code paths. Here both values take the fused kernel that
+    torch finds best for the inputs, so scores are not held in memory by default either. Where the plain formula is
+    wanted (second derivatives), wrap the call in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    """
+
+    def __init__(self, dropout: float = 0.0, causal: bool = False, use_flash_attn: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.use_flash_attn = use_flash_attn
+        self.attn_dropout = nn.Dropout(dropout)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q (b, h, n, d); k, v (b, j, d) for one shared head or (b, kv_heads, j, d) -> (b, h, n, d).
+
+        mask: (b, j) bool, True for keys that are not padding; or (b, 1, n, j) bool, the whole truth, causality too.
+        """
+        if k.ndim == 3:
+            k, v = (rearrange(t, "b j d -> b 1 j d") for t in (k, v))
+        causal = self.causal and (mask is None or mask.ndim == 2)
+        if mask is not None and mask.ndim == 2:
+            mask = causal_key_mask(mask) if causal else rearrange(mask, "b j -> b 1 1 j")
+            causal = False
+        dropout = self.attn_dropout.p if self.training else 0.0
+
+        heads, kv_heads, n = q.shape[1], k.shape[1], q.shape[2]
+        if n == 1:  # decoding: the heads that share a key become one query axis, and no key is repeated
+            q = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=kv_heads)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            return rearrange(out, "b kv g d -> b (kv g) 1 d")
+        if kv_heads == 1:  # a view with stride 0: one head in memory, seen by all
+            k, v = (t.expand(-1, heads, -1, -1) for t in (k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=1 < kv_heads < heads
+        )

@@ -1,0 +1,234 @@
+"""Sampling from a causal PaLM: ragged prompts prefilled together, cached decoding, finished rows leave the work.
+
+A model is anything with `new_cache(batch, max_len)`, `forward(..., mask, cache, return_only_embedding)`,
+`logits_of(embeds)` and `num_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from palm_rlhf_pytorch.ops import lengths_to_mask, log_softmax
+from palm_rlhf_pytorch.utils import gumbel_sample, keep_largest, nucleus
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from.
+
+    filter_logits sees the raw logits (the reference's order); temperature, top_k (a count) and top_p (a mass kept)
+    then follow in the usual order. Temperature 0 takes the likeliest token.
+    """
+
+    temperature: float = 1.0
+    filter_logits: Callable[[Tensor], Tensor] | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k counts the tokens to keep and must be 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is the probability mass to keep, above 0 and at most 1, got {self.top_p}")
+
+    def shape(self, logits: Tensor) -> Tensor:
+        """Logits (b, v) -> float32 logits whose softmax is the distribution sampled from."""
+        if self.filter_logits is not None:
+            logits = self.filter_logits(logits)
+        logits = logits.float() / (self.temperature or 1.0)
+        if self.top_k is not None:
+            logits = keep_largest(logits, self.top_k)
+        return logits if self.top_p is None else nucleus(logits, self.top_p)
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (b, v) -> tokens (b,) and the logits they were drawn from."""
+        logits = self.shape(logits)
+        return gumbel_sample(logits, 0.0 if self.temperature == 0 else 1.0, generator=generator), logits
+
+
+@dataclass
+class Step:
+    """One token for each row still at work: rows (m,) of the batch, positions (m,), tokens (m,), log_probs (m,)."""
+
+    rows: Tensor
+    positions: Tensor
+    tokens: Tensor
+    log_probs: Tensor | None
+
+
+@dataclass
+class Generation:
+    """Prompts and what was drawn after them, right padded. Every field (b, n); log_probs only on request.
+
+    response_mask holds the tokens drawn, the first EOS included; log_probs[:, t] is of token t, 0 outside the mask.
+    """
+
+    sequence: Tensor
+    prompt_mask: Tensor
+    response_mask: Tensor
+    log_probs: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        return self.prompt_mask | self.response_mask
+
+    def responses(self, pad_value: int) -> Tensor:
+        """The drawn tokens alone, left aligned and right padded: (b, longest response)."""
+        n = int(self.response_mask.sum(dim=-1).max())
+        out = self.sequence.new_full((self.sequence.shape[0], n), pad_value)
+        return out.masked_scatter(
+            lengths_to_mask(self.response_mask.sum(dim=-1), n), self.sequence[self.response_mask]
+        )
+
+
+def check_token_ids(ids: Tensor, num_tokens: int, what: str = "token ids") -> None:
+    """Refuse ids outside the vocabulary; costs a device sync, so it is called at the doors only."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers, got {ids.dtype}")
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < num_tokens):
+        low, high = int(ids.min()), int(ids.max())
+        raise ValueError(f"{what} run from {low} to {high}, but the vocabulary has ids 0 to {num_tokens - 1}")
+
+
+def check_prompts(prompts: Tensor, lengths: Tensor, num_tokens: int) -> None:
+    """Refuse prompts (b, n) that no answer can be drawn for."""
+    if prompts.ndim != 2 or lengths.shape != prompts.shape[:1]:
+        shapes = f"{tuple(prompts.shape)} and {tuple(lengths.shape)}"
+        raise ValueError(f"prompts (b, n) and their lengths (b,) are needed, got shapes {shapes}")
+    if prompts.numel() == 0 or int(lengths.min()) < 1:
+        raise ValueError("every prompt needs at least one token; start an empty one with a begin-of-text token")
+    if int(lengths.max()) > prompts.shape[1]:
+        raise ValueError(f"a prompt length is {int(lengths.max())}, but prompts have {prompts.shape[1]} positions")
+    check_token_ids(prompts[lengths_to_mask(lengths, prompts.shape[1])], num_tokens, "prompt ids")
+
+
+def eos_tensor(eos_token: int | Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """One EOS id, several or none -> (k,) or None."""
+    return None if eos_token is None else torch.as_tensor(eos_token, device=device).reshape(-1)
+
+
+@torch.no_grad()
+def decode(
+    model,
+    prompts: Tensor,
+    lengths: Tensor,
+    limits: Tensor,
+    sampling: Sampling,
+    eos_token: int | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    return_log_probs: bool = False,
+    **forward_kwargs,
+) -> Iterator[Step]:
+    """Draw tokens step by step. A row ends with its EOS, or when prompt and response fill limits (b,).
+
+    prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. The first pass reads all
+    prompts at once; from then on each step is one token a row, and rows that ended are computed no more.
+    """
+    check_prompts(prompts, lengths, model.num_tokens)
+    eos = eos_tensor(eos_token, prompts.device)
+    rows = torch.arange(prompts.shape[0], device=prompts.device)
+    key_mask = lengths_to_mask(lengths, prompts.shape[1])
+    cache = model.new_cache(prompts.shape[0], max(int(limits.max()), prompts.shape[1] + 1))
+    embeds = model(
+        prompts.masked_fill(~key_mask, 0),
+        mask=key_mask,
+        cache=cache,
+        return_only_embedding=True,
+        **forward_kwargs,
+    )
+    embeds = embeds[rows, lengths - 1]
+    if not embeds.isfinite().all():
+        raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
+    while True:
+        tokens, logits = sampling.draw(model.logits_of(embeds), generator)
+        log_probs = None
+        if return_log_probs:
+            log_probs = log_softmax(logits).gather(-1, tokens[:, None]).squeeze(-1)
+        yield Step(rows, cache.lengths, tokens, log_probs)
+
+        alive = cache.lengths + 1 < limits
+        if eos is not None:
+            alive = alive & ~torch.isin(tokens, eos)
+        keep = alive.nonzero().squeeze(-1)
+        if keep.numel() == 0:
+            return
+        if keep.numel() < rows.numel():
+            rows, limits, tokens = rows[keep], limits[keep], tokens[keep]
+            cache.keep(keep)
+        embeds = model(tokens[:, None], cache=cache, return_only_embedding=True, **forward_kwargs)[:, -1]
+
+
+def generate(
+    model,
+    prompts: Tensor,
+    lengths: Tensor,
+    max_len: int,
+    sampling: Sampling,
+    pad_value: int = 0,
+    use_tqdm: bool = False,
+    **decode_kwargs,
+) -> Generation:
+    """Prompts (b, n) of given lengths (b,) -> sequences of at most max_len tokens, at least one of them new."""
+    batch, n = prompts.shape
+    limits = lengths.new_full((batch,), max_len)
+    width = max(max_len, n + 1)
+    prompt_mask = lengths_to_mask(lengths, width)
+    sequence = prompts.new_full((batch, width), pad_value)
+    sequence[:, :n] = prompts
+    sequence = sequence.masked_fill(~prompt_mask, pad_value)
+    response_mask = torch.zeros_like(prompt_mask)
+    log_probs = torch.zeros(batch, width, device=prompts.device)
+
+    with tqdm(total=max_len - int(lengths.min()), unit="token", disable=not use_tqdm) as bar:
+        for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
+            sequence[step.rows, step.positions] = step.tokens
+            response_mask[step.rows, step.positions] = True
+            if step.log_probs is not None:
+                log_probs[step.rows, step.positions] = step.log_probs
+            bar.update()
+    end = int((prompt_mask | response_mask).sum(dim=-1).max())
+    wanted = decode_kwargs.get("return_log_probs", False)
+    return Generation(
+        sequence[:, :end],
+        prompt_mask[:, :end],
+        response_mask[:, :end],
+        log_probs[:, :end] if wanted else None,
+    )
+
+
+def stream(
+    model, prompts: Tensor, lengths: Tensor, max_len: int, sampling: Sampling, pad_value: int = 0, **kwargs
+) -> Iterator[Tensor]:
+    """The tokens as they come: (b,) a step, `pad_value` for rows that have ended."""
+    limits = lengths.new_full(lengths.shape, max_len)
+    for step in decode(model, prompts, lengths, limits, sampling, **kwargs):
+        tokens = prompts.new_full(lengths.shape, pad_value)
+        tokens[step.rows] = step.tokens
+        yield tokens
+
+
+def as_batch(prompt: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A prompt (..., n) -> (b, n) and its leading shape."""
+    return prompt.reshape(-1, prompt.shape[-1]), tuple(prompt.shape[:-1])
+
+
+def best_of(scores: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
+    """The sequence with the highest score among one prompt's samples, padding trimmed -> (n,), score ()."""
+    best = int(scores.argmax())
+    return generation.sequence[best][generation.mask[best]], scores[best]
+
+
+def repeat_prompts(prompts: Tensor, lengths: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Each prompt (b, n) `times` over, copies side by side: (b * times, n), (b * times,)."""
+    return (
+        rearrange(prompts[:, None].expand(-1, times, -1), "b g n -> (b g) n"),
+        lengths.repeat_interleave(times),
+    )

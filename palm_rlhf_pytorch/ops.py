@@ -1,0 +1,82 @@
+"""Small tensor functions that everything above stands on. Torch only; each is defined once in the project.
+
+Axes, here and everywhere: b sequences, g samples of one prompt, n positions, d features, h heads, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: what one chunk of logits may hold at most
+
+
+def masked_mean(
+    seq: Tensor, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = 1, keepdim: bool = False
+) -> Tensor:
+    """Mean of `seq` over `dim` (None: all) where `mask` is True; 0 where the mask holds nothing.
+
+    seq (b, n) or (b, n, d), mask (b, n) bool, broadcast over the features.
+    """
+    if mask is None:
+        return seq.mean() if dim is None else seq.mean(dim=dim, keepdim=keepdim)
+    mask = mask.reshape(*mask.shape, *(1,) * (seq.ndim - mask.ndim)).expand_as(seq)
+    dims = tuple(range(seq.ndim)) if dim is None else dim
+    total = seq.masked_fill(~mask, 0.0).sum(dim=dims, keepdim=keepdim)
+    return total / mask.sum(dim=dims, keepdim=keepdim).clamp(min=1)
+
+
+def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """`t` (b, n) scaled to variance 1 over the whole masked batch, mean 0 where `shift_mean`; 0 outside."""
+    mean = masked_mean(t, mask, dim=None)
+    variance = masked_mean((t - mean) ** 2, mask, dim=None)
+    whitened = (t - mean) * torch.rsqrt(variance + eps)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of each distribution (..., v) -> (...); a log-prob of -inf counts as 0."""
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities in float32, whatever the dtype of the logits (..., v)."""
+    return (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+
+
+def _chunk_log_probs(
+    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    log_probs = log_softmax(F.linear(embeds, weight) * scale, temperature)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy_of(log_probs)
+
+
+def linear_log_probs(
+    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution, never holding all logits at once.
+
+    embeds (m, d), weight (v, d), targets (m,) -> log_probs (m,), entropy (m,), both float32. Rows go through
+    the vocabulary in chunks; each chunk's logits are made anew for its backward pass.
+    """
+    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    if embeds.shape[0] <= rows:
+        return _chunk_log_probs(embeds, weight, targets, scale, temperature)
+    parts = [
+        checkpoint(_chunk_log_probs, e, weight, t, scale, temperature, use_reentrant=False)
+        for e, t in zip(embeds.split(rows), targets.split(rows), strict=True)
+    ]
+    log_probs, entropy = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropy)
+
+
+def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Values (m,) laid back at the m True places of `mask` (b, n), 0 elsewhere -> (b, n)."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def lengths_to_mask(lengths: Tensor, n: int) -> Tensor:
+    """Lengths (b,) -> (b, n) bool, True before each length."""
+    return torch.arange(n, device=lengths.device) < lengths[:, None]

@@ -1,0 +1,501 @@
+"""PaLM (Chowdhery et al., 2204.02311): parallel attention and SwiGLU feedforward from one fused projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch.attention import Attention, causal_key_mask
+from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
+from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.lora import LoRA
+from palm_rlhf_pytorch.rotary import RotaryEmbedding, Rotation
+from palm_rlhf_pytorch.utils import eval_decorator, top_k
+
+# parts
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation without bias. The gain is gamma + 1, so weight decay pulls it to the identity."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("beta", torch.zeros(dim))  # always 0; it is part of the weights' names
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.gamma + 1, self.beta, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """silu(second half) * first half (Shazeer, 2002.05202, eq. 6): (..., 2 f) -> (..., f)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+class Residual(nn.Module):
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return x + self.fn(x, *args, **kwargs)
+
+
+class ParallelTransformerBlock(nn.Module):
+    """attention(norm x) + feedforward(norm x), q, k, v and feedforward from one bias-free projection."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_head: int = 64,
+        causal: bool = True,
+        heads: int = 8,
+        qk_rmsnorm: bool = False,
+        ff_mult: int | float = 4,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        use_xpos: bool = True,
+        xpos_scale_base: float = 512,
+        flash_attn: bool = False,
+        *,
+        kv_heads: int = 1,
+        ff_inner_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        rotary_emb: RotaryEmbedding | None = None,
+    ):
+        super().__init__()
+        ff_inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
+        attn_inner, kv_inner = dim_head * heads, dim_head * kv_heads
+        self.heads, self.kv_heads = heads, kv_heads
+        self.fused_dims = (attn_inner, kv_inner, kv_inner, 2 * ff_inner)
+        self.norm = LayerNorm(dim, norm_eps)
+        self.qk_rmsnorm = qk_rmsnorm
+        if qk_rmsnorm:
+            self.q_scale = nn.Parameter(torch.ones(dim_head))
+            self.k_scale = nn.Parameter(torch.ones(dim_head))
+        self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
+        self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
+        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
+        self.attn_out = nn.Linear(attn_inner, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
+
+    def new_lora(self, r: int) -> nn.ModuleList:
+        """Adapters for q, k, v and the attention output."""
+        dim, (q, k, v, _) = self.attn_out.out_features, self.fused_dims
+        return nn.ModuleList([LoRA(dim, q, r), LoRA(dim, k, r), LoRA(dim, v, r), LoRA(q, dim, r)])
+
+    def merge_lora(self, lora: Iterable[LoRA]) -> None:
+        """Add the adapters to this block's weights, in place."""
+        *qkv, out = lora
+        update = torch.cat([adapter.weight for adapter in qkv], dim=-1).t()
+        self.fused_attn_ff_proj.weight.data[: update.shape[0]] += update
+        self.attn_out.weight.data += out.weight.t()
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        finetune_modules: Sequence[LoRA] | None = None,
+        *,
+        rotation: Rotation | None = None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
+        x = self.norm(x)
+        q, k, v, ff = self.fused_attn_ff_proj(x).split(self.fused_dims, dim=-1)
+        if finetune_modules is not None:
+            lora_q, lora_k, lora_v, lora_out = finetune_modules
+            q, k, v = q + lora_q(x), k + lora_k(x), v + lora_v(x)
+
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
+        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.kv_heads) for t in (k, v))
+        if self.qk_rmsnorm:
+            q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
+        rotation = rotation or self.rotary_emb(x.shape[1])
+        q, k = rotation.rotate_queries(q), rotation.rotate_keys(k)
+        if remember is not None:
+            k, v = remember(k, v)
+
+        out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
+        attended = self.attn_out(out)
+        if finetune_modules is not None:
+            attended = attended + lora_out(out)
+        return attended + self.ff_out(ff)
+
+
+# the whole
+
+
+class PaLM(nn.Module):
+    """A PaLM language model, or with `causal=False` an encoder in which ids below 0 are padding.
+
+    The first keywords are the reference's. Beyond it: `kv_heads` (key/value heads, a divisor of heads),
+    `rotary_theta`, `use_xpos` (None: on when causal), `ff_inner_dim` (None: dim * ff_mult), `norm_eps`, `logit_scale`,
+    `gradient_checkpointing` (layers are computed again for the backward pass instead of being kept).
+    """
+
+    _version = 2  # in state dicts: weights of ours need no guess at the generation
+
+    @beartype
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_tokens: int,
+        depth: int,
+        causal: bool = True,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int | float = 4,
+        attn_dropout: int | float = 0.0,
+        ff_dropout: int | float = 0.0,
+        qk_rmsnorm: bool = False,
+        lora_r: int = 8,
+        rotary_xpos_scale_base: int | float = 512,
+        flash_attn: bool = False,
+        finetune_scopes: list[str] | tuple[str, ...] = (),
+        cross_entropy_ignore_index: int = 0,
+        kv_heads: int = 1,
+        rotary_theta: int | float = 10000,
+        use_xpos: bool | None = None,
+        ff_inner_dim: int | None = None,
+        norm_eps: float = 1e-5,
+        logit_scale: int | float = 1.0,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "finetune_scopes")}
+        check_sizes(dim=dim, num_tokens=num_tokens, depth=depth, heads=heads, kv_heads=kv_heads, dim_head=dim_head)
+        self.dim, self.num_tokens, self.dim_head, self.heads, self.causal = dim, num_tokens, dim_head, heads, causal
+        self.kv_heads, self.lora_r, self.logit_scale = kv_heads, lora_r, logit_scale
+        self.cross_entropy_ignore_index = cross_entropy_ignore_index
+        self.gradient_checkpointing = gradient_checkpointing
+
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        xpos = causal if use_xpos is None else use_xpos
+        # one object under every layer's name: computed once a pass, stored as the reference stores it
+        rotary_emb = RotaryEmbedding(dim_head, rotary_xpos_scale_base, xpos, rotary_theta)
+        block = partial(
+            ParallelTransformerBlock,
+            dim,
+            dim_head,
+            causal,
+            heads,
+            qk_rmsnorm,
+            ff_mult,
+            attn_dropout,
+            ff_dropout,
+            flash_attn=flash_attn,
+            kv_heads=kv_heads,
+            ff_inner_dim=ff_inner_dim,
+            norm_eps=norm_eps,
+            rotary_emb=rotary_emb,
+        )
+        self.layers = nn.ModuleList([Residual(block()) for _ in range(depth)])
+        self.norm = LayerNorm(dim, norm_eps)
+        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.to_logits.weight = self.token_emb.weight
+        nn.init.normal_(self.token_emb.weight, std=0.02)
+
+        self.finetune_modules = nn.ModuleDict()
+        for scope in finetune_scopes:
+            self.add_finetune_params(scope)
+        self.register_load_state_dict_pre_hook(adopt_reference_weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_emb.weight.device
+
+    @property
+    def rotary_emb(self) -> RotaryEmbedding:
+        return self.layers[0].fn.rotary_emb
+
+    # weights
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> PaLM:
+        """The model that `save` wrote, sizes and all."""
+        return cls(**read_config(path)).load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and constructor keywords as safetensors, atomically."""
+        scopes = list(self.finetune_modules)
+        save_weights(path, self.state_dict(), {**self.config, "finetune_scopes": scopes})
+
+    def load(self, path: str | Path, generation: str | None = None) -> PaLM:
+        """Load .safetensors or .pt weights of ours or of the reference; no code in them is ever run.
+
+        The reference's generation is told by its gammas and reported; `generation` '0.2' or '0.8' overrides.
+        """
+        load_weights(self, path, generation)
+        return self
+
+    # dropout and adapters
+
+    def set_dropout(self, dropout: float) -> PaLM:
+        """Set every dropout of the model, the attention's too."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        return self
+
+    def add_finetune_params(self, scope: str, lora_r: int | None = None) -> None:
+        """Add LoRA adapters under a new name."""
+        if scope in self.finetune_modules:
+            raise ValueError(f"the finetune scope {scope!r} is already there; remove or merge it first")
+        r = self.lora_r if lora_r is None else lora_r
+        lora = nn.ModuleList([layer.fn.new_lora(r) for layer in self.layers])
+        self.finetune_modules[scope] = lora.to(self.device, self.token_emb.weight.dtype)
+
+    def remove_finetune_params(self, scope: str) -> None:
+        self._lora(scope)
+        del self.finetune_modules[scope]
+
+    @torch.no_grad()
+    def merge_finetune_params(self, scope: str) -> None:
+        """Make the adapters of a scope part of the weights for good, and drop the scope."""
+        for layer, lora in zip(self.layers, self._lora(scope), strict=True):
+            layer.fn.merge_lora(lora)
+        del self.finetune_modules[scope]
+
+    @contextmanager
+    def merged(self, scope: str | None) -> Iterator[None]:
+        """Adapters of a scope merged into the weights while the context lasts; the weights come back bit by bit."""
+        if scope is None:
+            yield
+            return
+        saved = []
+        with torch.no_grad():
+            for layer, lora in zip(self.layers, self._lora(scope), strict=True):
+                block = layer.fn
+                touched = block.fused_attn_ff_proj.weight.data[: sum(block.fused_dims[:3])]
+                saved += [(t, t.clone()) for t in (touched, block.attn_out.weight.data)]
+                block.merge_lora(lora)
+        try:
+            yield
+        finally:
+            for weight, before in saved:
+                weight.copy_(before)
+
+    def _lora(self, scope: str) -> nn.ModuleList:
+        if scope not in self.finetune_modules:
+            raise KeyError(f"there is no finetune scope {scope!r}; this model has {list(self.finetune_modules)}")
+        return self.finetune_modules[scope]
+
+    def finetune_parameters(self, scope: str = "default") -> list[nn.Parameter]:
+        return list(self._lora(scope).parameters())
+
+    def palm_parameters(self) -> list[nn.Parameter]:
+        """All but the adapters, always in the same order."""
+        adapters = {id(p) for p in self.finetune_modules.parameters()}
+        return [p for p in self.parameters() if id(p) not in adapters]
+
+    # the computation
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        weight = self.token_emb.weight
+        depth = len(self.layers)
+        return KVCache(depth, batch, self.kv_heads, max_len, self.dim_head, weight.dtype, weight.device)
+
+    def logits_of(self, embeds: Tensor) -> Tensor:
+        """Final embeddings (..., d) -> logits (..., v)."""
+        logits = self.to_logits(embeds)
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+
+    def forward(
+        self,
+        x: Tensor,
+        return_loss: bool = False,
+        disable_lora: bool = False,
+        finetune_scope: str | None = None,
+        extra_embed: Tensor | None = None,
+        return_only_embedding: bool = False,
+        return_logits_with_embedding: bool = False,
+        *,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
+
+        extra_embed (b, n, d) is added to the token embeddings. mask (b, n) bool is False for padding; a causal model
+        needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. With a
+        cache, x are the tokens that follow those in it (mask: padding on the right of a first, ragged batch).
+        """
+        if return_loss:
+            x, labels = x[:, :-1], x[:, 1:]
+        lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
+        if mask is None and not self.causal:
+            mask = x >= 0
+        embeds = self.token_emb(x.clamp(min=0))
+        if extra_embed is not None:
+            embeds = embeds + extra_embed
+        embeds = self._layers(embeds, mask, lora) if cache is None else self._cached(embeds, mask, lora, cache)
+        embeds = self.norm(embeds)
+
+        if return_only_embedding:
+            return embeds
+        logits = self.logits_of(embeds)
+        if return_logits_with_embedding:
+            return logits, embeds
+        if not return_loss:
+            return logits
+        logits = rearrange(logits.float(), "b n v -> (b n) v")
+        return F.cross_entropy(logits, labels.reshape(-1), ignore_index=self.cross_entropy_ignore_index)
+
+    def _layers(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None) -> Tensor:
+        rotation = self.rotary_emb(x.shape[1])
+        if mask is not None and mask.ndim == 2 and self.causal:
+            mask = causal_key_mask(mask)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for i, layer in enumerate(self.layers):
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x = run(x, mask, lora[i] if lora is not None else None, rotation=rotation)
+        return x
+
+    def _cached(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, cache: KVCache) -> Tensor:
+        if not self.causal:
+            raise ValueError("an encoder (causal=False) sees the future and cannot use a key/value cache")
+        n = x.shape[1]
+        cache.reserve(n)
+        positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
+        rotation = self.rotary_emb(positions, cache.centre)
+        visible = None  # a first pass is plainly causal: padding on the right is never in anyone's past
+        if cache.filled > 0:
+            slots = torch.arange(cache.filled + n, device=x.device)
+            visible = (slots <= positions[..., None])[:, None]
+        for i, layer in enumerate(self.layers):
+            remember = partial(cache.extend, i, positions=positions)
+            x = layer(x, visible, lora[i] if lora is not None else None, rotation=rotation, remember=remember)
+        cache.advance(n if mask is None else mask.sum(dim=-1), n)
+        return x
+
+    # generation
+
+    def stream(
+        self,
+        seq_len: int,
+        prompt: Tensor,
+        prompt_lengths: Tensor | None = None,
+        pad_value: int = 0,
+        eos_token: int | Sequence[int] | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        **kwargs,
+    ) -> Iterator[Tensor]:
+        """Tokens as they come, each of the prompt's leading shape. See `generate`."""
+        prompts, leading = generation.as_batch(prompt.to(self.device))
+        lengths = full_lengths(prompts) if prompt_lengths is None else prompt_lengths.to(self.device)
+        sampling = generation.Sampling(temperature, top_k=top_k, top_p=top_p)
+        was_training = self.training
+        self.eval()
+        try:
+            for tokens in generation.stream(
+                self,
+                prompts,
+                lengths,
+                seq_len,
+                sampling,
+                pad_value,
+                eos_token=eos_token,
+                generator=seeded(seed, self.device),
+                **kwargs,
+            ):
+                yield tokens.reshape(leading)
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    @eval_decorator
+    def generate(
+        self,
+        seq_len: int,
+        prompt: Tensor | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: Callable[..., Tensor] | None = top_k,
+        filter_thres: float = 0.9,
+        pad_value: int | float = 0,
+        eos_token: int | Sequence[int] | None = None,
+        return_seq_without_prompt: bool = True,
+        use_tqdm: bool = False,
+        *,
+        prompt_lengths: Tensor | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        return_log_probs: bool = False,
+        finetune_scope: str | None = None,
+        **kwargs,
+    ) -> Tensor | generation.Generation:
+        """Draw up to seq_len tokens, the prompt's included, after prompt (n,) or (..., n); at least one is drawn.
+
+        filter_logits_fn(logits, thres=filter_thres) is the reference's filter; top_k (a count) and top_p (a mass to
+        keep) are the usual ones and replace it. prompt_lengths (b,) makes the prompts ragged (right padded).
+        Generation stops when every row has met `eos_token` (an id or several); what follows a row's EOS is
+        `pad_value`. With return_log_probs the result is a `Generation`, whose log_probs are of the distribution
+        sampled from (at temperature 0: of the model's). Without a prompt a random token starts, and is returned too.
+        """
+        whole = not return_seq_without_prompt or prompt is None
+        generator = generator or seeded(seed, self.device)
+        if prompt is None:
+            prompt = torch.randint(0, self.num_tokens, (1, 1), device=self.device, generator=generator)
+        prompts, leading = generation.as_batch(prompt.to(self.device))
+        lengths = full_lengths(prompts) if prompt_lengths is None else prompt_lengths.to(self.device)
+        explicit = top_k is not None or top_p is not None or filter_logits_fn is None
+        filter_logits = None if explicit else partial(filter_logits_fn, thres=filter_thres)
+        scope = None if kwargs.get("disable_lora") else finetune_scope
+        with self.merged(scope):
+            out = generation.generate(
+                self,
+                prompts,
+                lengths,
+                seq_len,
+                generation.Sampling(temperature, filter_logits, top_k, top_p),
+                int(pad_value),
+                use_tqdm,
+                eos_token=eos_token,
+                generator=generator,
+                return_log_probs=return_log_probs,
+                **kwargs,
+            )
+        if return_log_probs:
+            return out
+        tokens = out.sequence if whole else out.responses(int(pad_value))
+        return tokens.reshape(*leading, -1)
+
+
+# helpers
+
+
+def check_sizes(heads: int, kv_heads: int, dim_head: int, **sizes: int) -> None:
+    for name, size in {**sizes, "heads": heads, "kv_heads": kv_heads, "dim_head": dim_head}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+    if heads % kv_heads:
+        raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    if dim_head % 2:
+        raise ValueError(f"dim_head must be even for rotary embeddings, got {dim_head}")
+
+
+def full_lengths(prompts: Tensor) -> Tensor:
+    return torch.full(prompts.shape[:1], prompts.shape[1], device=prompts.device)
+
+
+def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
