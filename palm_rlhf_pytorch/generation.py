@@ -84,9 +84,7 @@ class Generation:
         """The drawn tokens alone, left aligned and right padded: (b, longest response)."""
         n = int(self.response_mask.sum(dim=-1).max())
         out = self.sequence.new_full((self.sequence.shape[0], n), pad_value)
-        return out.masked_scatter(
-            lengths_to_mask(self.response_mask.sum(dim=-1), n), self.sequence[self.response_mask]
-        )
+        return out.masked_scatter(lengths_to_mask(self.response_mask.sum(dim=-1), n), self.sequence[self.response_mask])
 
 
 def check_token_ids(ids: Tensor, num_tokens: int, what: str = "token ids") -> None:

@@ -180,7 +180,13 @@ class PaLM(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "finetune_scopes")}
         check_sizes(dim=dim, num_tokens=num_tokens, depth=depth, heads=heads, kv_heads=kv_heads, dim_head=dim_head)
-        self.dim, self.num_tokens, self.dim_head, self.heads, self.causal = dim, num_tokens, dim_head, heads, causal
+        self.dim, self.num_tokens, self.dim_head, self.heads, self.causal = (
+            dim,
+            num_tokens,
+            dim_head,
+            heads,
+            causal,
+        )
         self.kv_heads, self.lora_r, self.logit_scale = kv_heads, lora_r, logit_scale
         self.cross_entropy_ignore_index = cross_entropy_ignore_index
         self.gradient_checkpointing = gradient_checkpointing

@@ -1,0 +1,202 @@
+"""Actor and critic on one trunk: the same frozen PaLM under two sets of adapters, and none for the reference."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.deprecation import moved
+from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
+from palm_rlhf_pytorch.ops import linear_log_probs, scatter_to_mask
+from palm_rlhf_pytorch.palm import PaLM
+
+
+class PPOActionCriticReturn(NamedTuple):
+    """actions (b, m); sequence, mask (real tokens), prompt_mask (b, n); action_logits (b, n, v); values."""
+
+    actions: Tensor
+    sequence: Tensor
+    mask: Tensor
+    prompt_mask: Tensor
+    action_logits: Tensor
+    values: Tensor | None
+
+
+class PolicyOutput(NamedTuple):
+    """log_probs and entropy (b, n): [:, t] belongs to token t; 0 outside the response."""
+
+    log_probs: Tensor
+    entropy: Tensor
+
+
+def response_log_probs(
+    palm: PaLM, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0, scope: str | None = None
+) -> PolicyOutput:
+    """Log-prob of each response token of sequence (b, n), and the entropy of the distribution it came from.
+
+    Only places that predict a response token meet the vocabulary. Padding is on the right.
+    """
+    embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope)
+    follows = response_mask[:, 1:]  # place t predicts token t + 1
+    flat = linear_log_probs(
+        embeds[:, :-1][follows],
+        palm.to_logits.weight,
+        sequence[:, 1:][follows],
+        palm.logit_scale,
+        temperature or 1.0,
+    )
+    return PolicyOutput(*(scatter_to_mask(t, response_mask) for t in flat))
+
+
+class ActorCritic(nn.Module):
+    """A policy and its value function.
+
+    With LoRA on both (and no `critic` of its own) they share one frozen trunk, and the starting policy is that trunk
+    without adapters. Values have `critic_dim_out` outputs a position: 1 a scalar, more the bins of `HLGauss`.
+    pooled_values judges the mean of the embeddings so far instead of the last one. A critic that is an `ImplicitPRM`
+    values a prefix by the sum of its rewards (2412.01981, proposition 3.1), a scalar.
+    """
+
+    @beartype
+    def __init__(
+        self,
+        palm: PaLM,
+        critic: PaLM | ImplicitPRM | None = None,
+        pooled_values: bool = False,
+        actor_lora: bool = True,
+        critic_lora: bool = True,
+        actor_lora_r: int = 8,
+        critic_lora_r: int = 8,
+        actor_lora_scope: str = "actor",
+        critic_lora_scope: str = "critic",
+        actor_dropout: int | float = 0.0,
+        critic_dropout: int | float = 0.0,
+        critic_dim_out: int = 6,
+        *,
+        critic_palm: PaLM | None = None,
+    ):
+        super().__init__()
+        critic = moved("critic_palm", critic_palm, "critic", critic)
+        self.actor_palm = palm
+        share = critic is None and actor_lora and critic_lora and actor_dropout == critic_dropout
+        if critic is None:
+            critic = palm if share else deepcopy(palm)
+        self.implicit_critic = critic if isinstance(critic, ImplicitPRM) else None
+        self.critic_palm = critic.model if self.implicit_critic is not None else critic
+        # full fine-tuning moves the trunk, so the starting policy needs a copy of its own
+        self._reference = [palm if actor_lora else deepcopy(palm).requires_grad_(False).eval()]
+
+        self.pooled_values = pooled_values
+        self.actor_lora_scope = adapt(self.actor_palm, actor_lora, actor_lora_scope, actor_lora_r)
+        critic_lora = critic_lora and self.implicit_critic is None
+        self.critic_lora_scope = adapt(self.critic_palm, critic_lora, critic_lora_scope, critic_lora_r)
+        self.actor_palm.set_dropout(actor_dropout)
+        self.critic_palm.set_dropout(critic_dropout)
+
+        self.value_dim = 1 if self.implicit_critic is not None else critic_dim_out
+        self.value_head = None
+        if self.implicit_critic is None:
+            self.value_head = nn.Linear(self.critic_palm.dim, critic_dim_out)
+            nn.init.zeros_(self.value_head.weight)  # every value starts at 0 (or mid-range, in bins)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.to(palm.device)
+
+    @property
+    def reference_palm(self) -> PaLM:
+        """The frozen starting policy: call it without a scope."""
+        return self._reference[0]
+
+    def _apply(self, fn, *args, **kwargs):
+        self._reference[0]._apply(fn)  # not a submodule: it is neither trained nor saved with the policy
+        return super()._apply(fn, *args, **kwargs)
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        return trained(self.actor_palm, self.actor_lora_scope)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        head = [] if self.value_head is None else list(self.value_head.parameters())
+        return [*trained(self.critic_palm, self.critic_lora_scope), *head]
+
+    def log_probs(self, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0) -> PolicyOutput:
+        """The policy's log-probs of the response tokens. See `response_log_probs`."""
+        return response_log_probs(self.actor_palm, sequence, response_mask, temperature, self.actor_lora_scope)
+
+    @torch.no_grad()
+    def reference_log_probs(self, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """The same (b, n) under the starting policy."""
+        return response_log_probs(self.reference_palm, sequence, response_mask, temperature).log_probs
+
+    def values(self, sequence: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Values of the prefixes sequence[:, : t + 1] at [:, t]: (b, n), or (b, n, bins) with several outputs.
+
+        mask (b, n): the positions that pooled values average, or that an implicit critic adds up. A value never
+        sees what comes after its position.
+        """
+        if self.implicit_critic is not None:
+            rewards = F.pad(self.implicit_critic(sequence), (1, 0))
+            return (rewards if mask is None else rewards * mask).cumsum(dim=-1)
+        embeds = self.critic_palm(sequence, return_only_embedding=True, finetune_scope=self.critic_lora_scope)
+        if self.pooled_values:
+            embeds = running_mean(embeds, mask)
+        values = self.value_head(embeds)
+        return values.squeeze(-1) if self.value_dim == 1 else values
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, return_values: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ids (b, n) -> action logits (b, n, v) and values, both at [:, t] for what follows token t."""
+        logits = self.actor_palm(x, finetune_scope=self.actor_lora_scope)
+        return logits, self.values(x, mask) if return_values else None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        state: Tensor,
+        max_seq_len: int,
+        eos_token: int | None = None,
+        return_values: bool = False,
+        **kwargs,
+    ) -> PPOActionCriticReturn:
+        """Answer the prompts state (n,) or (b, n) with the policy's own distribution, unless a filter is asked for."""
+        kwargs = {"filter_logits_fn": None, "pad_value": 0, **kwargs}
+        out = self.actor_palm.generate(
+            max_seq_len,
+            prompt=state if state.ndim == 2 else state[None],
+            eos_token=eos_token,
+            finetune_scope=self.actor_lora_scope,
+            return_log_probs=True,
+            **kwargs,
+        )
+        logits, values = self(out.sequence, mask=out.response_mask, return_values=return_values)
+        actions = out.responses(int(kwargs["pad_value"]))
+        return PPOActionCriticReturn(actions, out.sequence, out.mask, out.prompt_mask, logits, values)
+
+
+def adapt(palm: PaLM, lora: bool, scope: str, r: int) -> str | None:
+    """Ready a PaLM for training: adapters on a frozen trunk, or the whole. Returns the scope, None for the whole."""
+    if not lora:
+        palm.requires_grad_(True)
+        return None
+    for parameter in palm.palm_parameters():
+        parameter.requires_grad_(False)
+    if scope not in palm.finetune_modules:
+        palm.add_finetune_params(scope, r)
+    return scope
+
+
+def trained(palm: PaLM, scope: str | None) -> list[nn.Parameter]:
+    return palm.palm_parameters() if scope is None else palm.finetune_parameters(scope)
+
+
+def running_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """embeds (b, n, d) -> at each position the mean of those up to it that mask (b, n) holds; itself before any."""
+    if mask is None:
+        mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    count = mask.cumsum(dim=-1)[..., None]
+    mean = (embeds * mask[..., None]).cumsum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, mean, embeds)

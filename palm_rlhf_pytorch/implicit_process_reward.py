@@ -1,0 +1,57 @@
+"""Implicit process reward: a language model's log-likelihood ratio is a reward for every token.
+
+Yuan et al., "Free Process Rewards without Process Labels", 2412.01981.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.ops import linear_log_probs, scatter_to_mask
+from palm_rlhf_pytorch.palm import PaLM
+
+
+class ImplicitPRM(nn.Module):
+    """r_t = beta (log p_model(y_t) - log p_ref(y_t)), eq. 2. Without `ref_model` a frozen copy of `model` is kept."""
+
+    def __init__(self, model: PaLM, ref_model: PaLM | None = None, beta: float = 0.1):
+        super().__init__()
+        self.model = model
+        self.ref_model = deepcopy(model) if ref_model is None else ref_model
+        self.ref_model.requires_grad_(False).eval()
+        self.beta = beta
+
+    def train(self, mode: bool = True) -> ImplicitPRM:
+        super().train(mode)
+        self.ref_model.eval()  # a reference with dropout would be no reference
+        return self
+
+    def parameters_to_train(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def forward(self, seq: Tensor, labels: Tensor | None = None, prompt_mask: Tensor | None = None) -> Tensor:
+        """Ids (b, n), below 0 padding -> rewards (b, n - 1), those of seq[:, 1:], 0 at padding.
+
+        With labels (b,) in {0, 1} the loss instead: binary cross-entropy of sigmoid(sum of the response's rewards),
+        eq. 5. prompt_mask (b, n) says which tokens are no response (None: the first token only).
+        """
+        valid = seq[:, 1:] >= 0
+        rewards = self.beta * (self._log_probs(self.model, seq, valid) - self._reference(seq, valid))
+        if labels is None:
+            return rewards
+        if prompt_mask is not None:
+            rewards = rewards.masked_fill(prompt_mask[:, 1:], 0.0)
+        return F.binary_cross_entropy_with_logits(rewards.sum(dim=-1), labels.to(rewards.dtype))
+
+    def _log_probs(self, palm: PaLM, seq: Tensor, valid: Tensor) -> Tensor:
+        embeds = palm(seq, return_only_embedding=True)[:, :-1]
+        log_probs, _ = linear_log_probs(embeds[valid], palm.to_logits.weight, seq[:, 1:][valid], palm.logit_scale)
+        return scatter_to_mask(log_probs, valid)
+
+    @torch.no_grad()
+    def _reference(self, seq: Tensor, valid: Tensor) -> Tensor:
+        return self._log_probs(self.ref_model, seq, valid)

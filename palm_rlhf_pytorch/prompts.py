@@ -1,0 +1,72 @@
+"""The prompts that a policy practises on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.generation import check_prompts
+
+
+class Prompts:
+    """Token ids (p, n), padded on the right with `pad_value`; only trailing padding is taken off a prompt.
+
+    Drawn without repeats until all have been seen, then in a new order.
+    """
+
+    def __init__(self, ids: Tensor, pad_value: int = 0):
+        ids = torch.as_tensor(ids)
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(f"prompt token ids (prompts, n) are needed, got shape {tuple(ids.shape)}")
+        self.ids, self.pad_value = ids.cpu(), pad_value
+        places = torch.arange(1, ids.shape[1] + 1)
+        self.lengths = (places * (self.ids != pad_value)).amax(dim=-1)
+        self.queue = torch.empty(0, dtype=torch.long)
+        if int(self.lengths.min()) < 1:
+            row = int(self.lengths.argmin())
+            raise ValueError(f"prompt {row} is empty (only padding, id {pad_value}); drop it or start it with a token")
+
+    @classmethod
+    def gather(
+        cls,
+        prompts: Sequence[str] | None,
+        prompts_path: str | Path | None,
+        prompt_token_ids: Tensor | None,
+        tokenizer: Callable[[list[str]], Any] | None,
+        pad_value: int = 0,
+    ) -> Prompts:
+        """From exactly one of texts, a file with one a line, or ids."""
+        if sum(x is not None for x in (prompts, prompts_path, prompt_token_ids)) != 1:
+            raise ValueError("exactly one of prompts, prompts_path and prompt_token_ids is needed")
+        if prompt_token_ids is not None:
+            return cls(prompt_token_ids, pad_value)
+        if prompts_path is not None:
+            lines = Path(prompts_path).read_text(encoding="utf-8").splitlines()
+            prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError("there are no prompts: the list or file is empty")
+        if tokenizer is None:
+            raise ValueError("prompts of text need a tokenizer: a function from list[str] to token ids (b, n)")
+        return cls(torch.as_tensor(tokenizer(list(prompts))), pad_value)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def check(self, num_tokens: int) -> None:
+        check_prompts(self.ids, self.lengths, num_tokens)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Row numbers of the next `count` prompts (count,)."""
+        while len(self.queue) < count:
+            self.queue = torch.cat((self.queue, torch.randperm(len(self), generator=generator)))
+        drawn, self.queue = self.queue[:count], self.queue[count:]
+        return drawn
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (b, n), cut to the longest, and lengths (b,)."""
+        lengths = self.lengths[rows]
+        return self.ids[rows, : int(lengths.max())], lengths

@@ -1,0 +1,186 @@
+"""The reward model: a PaLM that gives a prompt and response a rating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from beartype import beartype
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.checkpoint import load_weights, read_config, save_weights
+from palm_rlhf_pytorch.ops import lengths_to_mask, masked_mean
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.utils import eval_decorator, gumbel_sample
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected - margin), mean over pairs (b,). Ouyang et al., 2203.02155, eq. 1; the
+    margin is Touvron et al., 2307.09288, eq. 2.
+    """
+    return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+class RewardModel(nn.Module):
+    """A copy of `palm` with a head on its mean embedding: ratings in bins (cross-entropy) or a scalar (MSE).
+
+    With `use_lora` only adapters, the prompt/response embeddings and the head are trained. Beyond the reference:
+    `bin_values`, what each bin is worth (default 0, 1, ... as the reference's class indices).
+    """
+
+    @beartype
+    def __init__(
+        self,
+        palm: PaLM,
+        dropout: int | float = 0.1,
+        num_binned_output: int | float = 0,
+        use_lora: bool = True,
+        lora_r: int = 8,
+        reward_lora_scope: str = "reward",
+        sample_from_bins: bool | None = None,
+        sample_temperature: int | float = 1.0,
+        *,
+        bin_values: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        bins = int(num_binned_output)
+        if bins == 1 or bins < 0:
+            raise ValueError(f"num_binned_output is 0 for a scalar or at least 2 bins, got {num_binned_output}")
+        self.binned_output = bins > 1
+        self.sample_from_bins = self.binned_output if sample_from_bins is None else sample_from_bins
+        self.sample_temperature = sample_temperature
+        self.config = dict(
+            dropout=dropout,
+            num_binned_output=bins,
+            use_lora=use_lora,
+            lora_r=lora_r,
+            reward_lora_scope=reward_lora_scope,
+            bin_values=None if bin_values is None else list(bin_values),
+        )
+
+        self.palm = deepcopy(palm).set_dropout(dropout)
+        self.reward_lora_scope = reward_lora_scope if use_lora else None
+        self.palm.requires_grad_(not use_lora)
+        if use_lora and reward_lora_scope not in self.palm.finetune_modules:
+            self.palm.add_finetune_params(reward_lora_scope, lora_r)
+
+        dim = palm.dim
+        self.prompt_embed = nn.Parameter(torch.zeros(1, 1, dim))
+        self.response_embed = nn.Parameter(torch.zeros(1, 1, dim))
+        if self.binned_output:
+            self.to_pred = nn.Linear(dim, bins)
+        else:
+            self.to_pred = nn.Sequential(nn.Linear(dim, 1, bias=False), Rearrange("... 1 -> ..."))
+        values = torch.arange(bins).float() if bin_values is None else torch.tensor(bin_values).float()
+        if self.binned_output and values.numel() != bins:
+            raise ValueError(f"bin_values needs one value for each of the {bins} bins, got {values.numel()}")
+        self.register_buffer("bin_values", values, persistent=False)
+        self.to(palm.device)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> RewardModel:
+        """The model that `save` wrote, sizes and all."""
+        config = read_config(path)
+        return cls(PaLM(**config.pop("palm")), **config).load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and constructor keywords as safetensors, atomically."""
+        scopes = [scope for scope in self.palm.finetune_modules if scope != self.reward_lora_scope]
+        save_weights(path, self.state_dict(), {**self.config, "palm": {**self.palm.config, "finetune_scopes": scopes}})
+
+    def load(self, path: str | Path, generation: str | None = None) -> RewardModel:
+        """Load .safetensors or .pt weights of ours or of the reference; see `PaLM.load`."""
+        load_weights(self, path, generation)
+        return self
+
+    def finetune_parameters(self) -> list[nn.Parameter]:
+        """All that training should change: adapters (or the whole PaLM), both embeddings and the head."""
+        scope = self.reward_lora_scope
+        trunk = self.palm.palm_parameters() if scope is None else self.palm.finetune_parameters(scope)
+        return [*trunk, self.prompt_embed, self.response_embed, *self.to_pred.parameters()]
+
+    def predict(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        disable_lora: bool = False,
+    ) -> Tensor:
+        """The head's output on the mean over `mask` (b, n): bin logits (b, bins) or scalars (b,)."""
+        extra_embed = None
+        if prompt_mask is not None:
+            extra_embed = torch.where(rearrange(prompt_mask, "b n -> b n 1"), self.prompt_embed, self.response_embed)
+        embeds = self.palm(
+            x,
+            extra_embed=extra_embed,
+            return_only_embedding=True,
+            disable_lora=disable_lora,
+            finetune_scope=self.reward_lora_scope,
+        )
+        return self.to_pred(masked_mean(embeds, mask, dim=1))
+
+    def rate(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The rating (b,) of each response, differentiable: the expected one where ratings are binned.
+
+        x and both masks (b, n); mask is True for real tokens (None: ids of 0 or more). Only response tokens are
+        pooled, and what the mask hides (padding, all after EOS) cannot reach the result.
+        """
+        mask = x >= 0 if mask is None else mask
+        pred = self.predict(x.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
+        return pred.float().softmax(dim=-1) @ self.bin_values if self.binned_output else pred.float()
+
+    @torch.no_grad()
+    @eval_decorator
+    def score(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`rate` without gradient and without dropout: the same input always gives the same score (b,)."""
+        return self.rate(x, prompt_mask, mask)
+
+    def pair_loss(
+        self,
+        chosen: tuple[Tensor, Tensor, Tensor],
+        rejected: tuple[Tensor, Tensor, Tensor],
+        margin: Tensor | float = 0.0,
+    ) -> Tensor:
+        """Bradley-Terry loss of pairs, each side (x, prompt_mask, mask), all (b, n)."""
+        return bradley_terry_loss(self.rate(*chosen), self.rate(*rejected), margin)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        disable_lora: bool = False,
+        sample: bool | None = None,
+        sample_temperature: float | None = None,
+    ) -> Tensor:
+        """The reference's interface: x (b, n) -> prediction, or with labels (b,) the loss.
+
+        The mean is over `mask` (b, n), all positions without it. Binned predictions are drawn classes (b,), or with
+        sample=False (here or as sample_from_bins) bin logits (b, bins). For training a policy use `score`.
+        """
+        if prompt_mask is not None and prompt_lengths is not None:
+            raise ValueError("give prompt_mask or prompt_lengths, not both")
+        if prompt_lengths is not None:
+            prompt_mask = lengths_to_mask(prompt_lengths, x.shape[1])
+        pred = self.predict(x, mask, prompt_mask, disable_lora)
+        if labels is not None:
+            return self.loss(pred, labels)
+        if self.binned_output and (self.sample_from_bins if sample is None else sample):
+            temperature = self.sample_temperature if sample_temperature is None else sample_temperature
+            return gumbel_sample(pred, temperature)
+        return pred
+
+    def loss(self, pred: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of bins, or mean squared error, against labels (b,)."""
+        if not self.binned_output:
+            return F.mse_loss(pred, labels.to(pred.dtype))
+        if labels.is_floating_point():
+            raise TypeError("labels of a binned reward model are bin indices (integers); see data.bin_ratings")
+        return F.cross_entropy(pred.float(), labels)

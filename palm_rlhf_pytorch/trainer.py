@@ -1,0 +1,377 @@
+"""The one on-policy training loop: roll out, set a target, learn, log, save. Algorithms bring the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch.actor_critic import ActorCritic, PolicyOutput
+from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.files import atomic_path
+from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
+
+Metrics = dict[str, float]
+
+
+class Algorithm(Protocol):
+    """What one algorithm says and the loop does not. A plain `nn.Module`, so that its own parts are saved with it."""
+
+    samples_per_prompt: int
+
+    def judge(self, actor_critic: ActorCritic, experience: Experience) -> Experience:
+        """Add what must be known before learning starts (values, say), without gradient; called on small batches."""
+
+    def target(self, experience: Experience) -> Experience:
+        """Add advantages and the like, computed once over the whole of what was rolled out."""
+
+    def loss(
+        self, actor_critic: ActorCritic, policy: PolicyOutput, experience: Experience
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a minibatch, a mean over its response tokens, and detached numbers about it."""
+
+    def parameter_groups(self, actor_critic: ActorCritic) -> list[dict[str, Any]]:
+        """What is trained, as an optimiser's parameter groups."""
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """How one batch of experience is learned from."""
+
+    minibatch_size: int = 16
+    micro_batch_size: int | None = None  # sequences computed at once; None: the whole minibatch
+    epochs: int = 1
+    max_norm: float | None = None  # gradient clipping, each parameter group by itself
+    normalize_reward: bool = False  # scale scores to mean 0, std 1 on the starting policy's first rollouts
+    kl_stop: float | None = None  # no more epochs on this batch once approximate KL to the sampler exceeds this
+
+
+class Learner(nn.Module):
+    """Policy and algorithm behind one forward: what accelerate wraps, so that gradients synchronise."""
+
+    def __init__(self, actor_critic: ActorCritic, algorithm: nn.Module):
+        super().__init__()
+        self.actor_critic, self.algorithm = actor_critic, algorithm
+
+    def forward(self, experience: Experience, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+        policy = self.actor_critic.log_probs(experience.sequence, experience.response_mask, temperature)
+        return self.algorithm.loss(self.actor_critic, policy, experience)
+
+
+class OnPolicyTrainer:
+    """Rolls out `update_timesteps` prompts, learns from them, and starts again. See `Algorithm` for what varies.
+
+    One generator draws prompts, samples and minibatches; with it, the optimiser and the weights in a checkpoint, a
+    resumed run takes the same next step.
+    """
+
+    def __init__(
+        self,
+        actor_critic: ActorCritic,
+        algorithm: nn.Module,
+        reward: Reward,
+        prompts: Prompts,
+        *,
+        tokenizer: Any = None,
+        reward_over: str | None = None,
+        learn_options: LearnOptions | None = None,
+        missing_eos_penalty: float = 0.0,
+        optimizer_class: Callable[..., Optimizer] = AdamW,
+        seed: int | None = None,
+        metrics_path: str | Path | None = None,
+        accelerate_kwargs: dict[str, Any] | None = None,
+    ):
+        self.accelerate = Accelerator(**(accelerate_kwargs or {}))
+        if self.accelerate.log_with:
+            self.accelerate.init_trackers("palm_rlhf_pytorch")
+        self.options = learn_options or LearnOptions()
+        self.missing_eos_penalty = missing_eos_penalty
+        self.prompts = prompts
+        self.prompts.check(actor_critic.actor_palm.num_tokens)
+        self.scorer = Scorer(reward, tokenizer, reward_over)
+        if isinstance(reward, nn.Module):
+            reward.to(self.accelerate.device).eval()
+
+        learner = Learner(actor_critic, algorithm).to(self.accelerate.device)
+        self.optimizer = optimizer_class(algorithm.parameter_groups(actor_critic))
+        self.learner, self.optimizer = self.accelerate.prepare(learner, self.optimizer)
+        self.actor_critic, self.algorithm = actor_critic, algorithm
+
+        seed = torch.initial_seed() % 2**31 if seed is None else seed
+        # the order of prompts is the same in all processes, what they draw is their own
+        self.order = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed + self.accelerate.process_index)
+        self.metrics = MetricsLog(
+            metrics_path if self.accelerate.is_main_process else None, accelerator=self.accelerate
+        )
+        self.step = 0  # updates so far
+        self.prompts_done = 0  # of the train call under way, so that a resumed one goes on
+        self.score_shift, self.score_scale = 0.0, 1.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerate.device
+
+    @property
+    def palm(self) -> nn.Module:
+        return self.actor_critic.actor_palm
+
+    @property
+    def history(self) -> list[Metrics]:
+        """One row of metrics for each update so far."""
+        return self.metrics.history
+
+    def print(self, message: str) -> None:
+        self.accelerate.print(message)
+
+    def eval(self) -> OnPolicyTrainer:
+        """Evaluation mode, and nothing else."""
+        self.learner.eval()
+        return self
+
+    # the loop
+
+    def train(
+        self,
+        num_episodes: int | bool = 50000,
+        max_timesteps: int = 500,
+        update_timesteps: int = 5000,
+        max_batch_size: int = 16,
+        max_seq_len: int = 2048,
+        eos_token: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        *,
+        on_update: Callable[[Metrics], None] | None = None,
+    ) -> OnPolicyTrainer:
+        """Roll out num_episodes * max_timesteps prompts, `max_batch_size` at once, learning after every
+        `update_timesteps` of them (and from what is left at the end). `on_update` sees each update's metrics.
+        """
+        if isinstance(num_episodes, bool):  # Module.train(mode), which some code calls on everything
+            self.learner.train(num_episodes)
+            return self
+        eos = eos_token if eos_token is None or isinstance(eos_token, int) else tuple(eos_token)
+        options = RolloutOptions(max_seq_len, eos, temperature, self.prompts.pad_value, self.missing_eos_penalty)
+        if not temperature > 0:
+            raise ValueError(f"learning needs a temperature above 0, got {temperature}")
+        total = num_episodes * max_timesteps
+        with tqdm(
+            total=total,
+            initial=self.prompts_done,
+            unit="prompt",
+            desc=type(self.algorithm).__name__,
+            disable=not self.accelerate.is_local_main_process,
+        ) as bar:
+            while self.prompts_done < total:
+                count = min(update_timesteps, total - self.prompts_done)
+                row = self.update(count, max_batch_size, options, bar)
+                self.prompts_done += count
+                self.metrics.append(row)
+                bar.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "kl", "entropy", "tokens_per_second")})
+                if on_update is not None:
+                    on_update(row)
+        self.prompts_done = 0
+        return self
+
+    def update(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Metrics:
+        """Roll out `count` prompts and learn from them once."""
+        started = time.perf_counter()
+        experience = self.roll_out(count, max_batch_size, options, bar)
+        rolled = time.perf_counter()
+        learned = self.learn(experience, options.temperature)
+        ended = time.perf_counter()
+        self.step += 1
+        tokens = float(experience.lengths.sum())
+        return {
+            "step": self.step,
+            "prompts": self.prompts_done + count,
+            **describe(experience),
+            **learned,
+            "tokens_per_second": tokens / (ended - started),
+            "rollout_seconds": rolled - started,
+            "learn_seconds": ended - rolled,
+        }
+
+    def roll_out(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
+        """Answers to the next `count` prompts (this process's share of them), scored and judged."""
+        rows = self.prompts.draw(count, self.order)
+        rows = rows[self.accelerate.process_index :: self.accelerate.num_processes]
+        samples = self.algorithm.samples_per_prompt
+        parts = []
+        for start in range(0, len(rows), max_batch_size):
+            some = rows[start : start + max_batch_size]
+            ids, lengths = self.prompts.rows(some)
+            ids, lengths = generation.repeat_prompts(ids.to(self.device), lengths.to(self.device), samples)
+            groups = start + torch.arange(len(some), device=self.device).repeat_interleave(samples)
+            part = roll_out(self.actor_critic, self.scorer, ids, lengths, groups, options, generator=self.generator)
+            with torch.no_grad():
+                parts.append(self.algorithm.judge(self.actor_critic, part))
+            if bar is not None:
+                bar.update(len(some) * self.accelerate.num_processes)
+        return self._scaled(Experience.cat(parts))
+
+    def _scaled(self, experience: Experience) -> Experience:
+        if self.options.normalize_reward:
+            if self.step == 0:
+                scores = self.accelerate.gather(experience.scores)
+                self.score_shift = float(scores.mean())
+                self.score_scale = float(scores.std(correction=0).clamp(min=1e-6))
+            experience.scores = (experience.scores - self.score_shift) / self.score_scale
+        return experience
+
+    def learn(self, experience: Experience | Sequence[Experience], temperature: float = 1.0) -> Metrics:
+        """Take the optimiser's steps on one batch of experience (or several, put together)."""
+        if not isinstance(experience, Experience):
+            experience = Experience.cat(list(experience))
+        experience = self.algorithm.target(experience)
+        self.learner.train()
+        sums: dict[str, float] = {}
+        steps = 0
+        for _ in range(self.options.epochs):
+            for rows in self._minibatches(experience.group_ids):
+                for name, value in self._take_step(experience[rows], temperature).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                steps += 1
+            if self.options.kl_stop is not None and sums["approx_kl"] / steps > self.options.kl_stop:
+                break
+        self.learner.eval()
+        return {name: value / steps for name, value in sums.items()}
+
+    def _minibatches(self, group_ids: Tensor) -> Iterator[Tensor]:
+        """Rows of shuffled minibatches; a group is never split."""
+        _, group_of, counts = group_ids.unique(return_inverse=True, return_counts=True)
+        most = int(counts.max())
+        per_batch = max(1, self.options.minibatch_size // most)
+        shuffled = torch.randperm(len(counts), generator=self.order).to(group_ids.device)
+        for groups in shuffled.split(per_batch):
+            yield torch.isin(group_of, groups).nonzero().squeeze(-1)
+
+    def _take_step(self, batch: Experience, temperature: float) -> Metrics:
+        micro = self.options.micro_batch_size or len(batch)
+        tokens = batch.lengths.sum()
+        totals: dict[str, Tensor] = {}
+        for start in range(0, len(batch), micro):
+            part = batch[slice(start, start + micro)]
+            share = part.lengths.sum() / tokens  # means over tokens add up to the minibatch's mean
+            loss, numbers = self.learner(part, temperature)
+            self.accelerate.backward(loss * share)
+            for name, value in numbers.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() * share
+        for group in self.optimizer.param_groups:
+            norm = self.accelerate.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
+            totals[f"grad_norm_{group.get('name', 'policy')}"] = torch.as_tensor(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {name: float(value) for name, value in totals.items()}
+
+    # answers
+
+    @torch.no_grad()
+    def generate(
+        self,
+        max_seq_len: int,
+        *args,
+        prompt: Tensor,
+        num_samples: int = 4,
+        return_score: bool = False,
+        eos_token: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, float]:
+        """The best of `num_samples` answers by the reward: (n,), prompt included and padding trimmed.
+
+        With return_score also what the reward gave it. Further keywords go to `PaLM.generate`.
+        """
+        prompt = torch.as_tensor(prompt)
+        if prompt.ndim != 1:
+            raise ValueError(f"one prompt (n,) is needed, got shape {tuple(prompt.shape)}")
+        self.eval()
+        out = self.palm.generate(
+            max_seq_len,
+            prompt[None].expand(num_samples, -1),
+            temperature,
+            *args,
+            **{"filter_logits_fn": None, "finetune_scope": self.actor_critic.actor_lora_scope, **kwargs},
+            pad_value=self.prompts.pad_value,
+            eos_token=eos_token,
+            return_log_probs=True,
+        )
+        answer, score = generation.best_of(self.scorer(out), out)
+        return (answer, float(score)) if return_score else answer
+
+    # checkpoints
+
+    def save(self, filepath: str | Path = "./checkpoint.pt") -> None:
+        """Write all that a resumed run needs: weights in training, optimiser, counters, random state, metrics."""
+        if not self.accelerate.is_main_process:
+            return
+        state = {
+            "weights": self._trained_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {
+                "step": self.step,
+                "prompts_done": self.prompts_done,
+                "score_shift": self.score_shift,
+                "score_scale": self.score_scale,
+            },
+            "random": {
+                "order": self.order.get_state(),
+                "generator": self.generator.get_state(),
+                "torch": torch.get_rng_state(),
+            },
+            "prompt_queue": self.prompts.queue,
+            "history": self.history,
+        }
+        with atomic_path(filepath) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, filepath: str | Path = "./checkpoint.pt") -> OnPolicyTrainer:
+        """Take up what `save` wrote, in a trainer built the same way; the file's tensors are read, no code is run."""
+        if not Path(filepath).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {str(filepath)!r}")
+        state = torch.load(filepath, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "weights" not in state:
+            raise ValueError(f"{str(filepath)!r} is not a trainer's checkpoint; PaLM.load reads model weights")
+        learner = self.accelerate.unwrap_model(self.learner)
+        missing = set(self._trained_state()) ^ set(state["weights"])
+        if missing:
+            raise ValueError(f"{str(filepath)!r} is of a trainer built otherwise: {sorted(missing)[:3]} differ")
+        learner.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        self.order.set_state(state["random"]["order"])
+        self.generator.set_state(state["random"]["generator"])
+        torch.set_rng_state(state["random"]["torch"])
+        self.prompts.queue = state["prompt_queue"]
+        self.metrics.restore(state["history"])
+        return self
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        """What training changes; with LoRA the frozen trunk is not written again."""
+        learner = self.accelerate.unwrap_model(self.learner)
+        changes = {name for name, p in learner.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {name: t for name, t in learner.state_dict().items() if name in changes}
+
+
+def describe(experience: Experience) -> Metrics:
+    """What the rollouts were like, before learning."""
+    lengths = experience.lengths.float()
+    return {
+        "reward": float(experience.scores.mean()),
+        "reward_std": float(experience.scores.std(correction=0)),
+        "kl": float(experience.kl.mean()),
+        "response_length": float(lengths.mean()),
+        "finished": float(experience.finished.float().mean()),
+    }

@@ -1,0 +1,455 @@
+import gzip
+import json
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.data import (
+    DataError,
+    Pair,
+    Rating,
+    bin_ratings,
+    document_batches,
+    encode_response,
+    load_hf_dataset,
+    next_token_batches,
+    pack_documents,
+    pad_sequences,
+    quantile_edges,
+    read_pairs,
+    read_prompts,
+    read_ratings,
+    read_records,
+    read_texts,
+    rounding_edges,
+    shared_prompt,
+    split_holdout,
+    uniform_edges,
+)
+from palm_rlhf_pytorch.tokenizer import ByteTokenizer
+
+
+def write(path, content: str | bytes | list[dict]):
+    """Write text, bytes or JSON Lines, gzipped when the name says so."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(record) + "\n" for record in content)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+RATINGS = [Rating("2 + 2 =", ' "four",\n😀', 4.5), Rating("hi", "", -1.0)]
+RATING_FILES = {
+    "r.jsonl": [rating._asdict() for rating in RATINGS],
+    "r.json": [rating._asdict() for rating in RATINGS],
+    "r.csv": 'prompt,response,rating\r\n2 + 2 =," ""four"",\n😀",4.5\r\n\r\nhi,,-1\r\n',
+    "r.tsv": 'rating\tresponse\tprompt\n4.5\t" ""four"",\n😀"\t2 + 2 =\n-1\t\thi\n',
+}
+
+
+# readers
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize("name", RATING_FILES)
+def test_every_format_gives_the_same_ratings(tmp_path, name, gz):
+    path = write(tmp_path / (name + gz), RATING_FILES[name])
+    assert read_ratings(path) == RATINGS
+    assert read_ratings(str(path)) == RATINGS
+
+
+def test_ratings_of_text_alone_have_no_prompt(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{"text": "whole", "rating": 3, "other": None}])
+    assert read_ratings(path) == [Rating("", "whole", 3.0)]
+
+
+@pytest.mark.parametrize("value", ["good", "nan", "", None, True, float("inf"), float("nan"), 10**400, [1]])
+def test_ratings_must_be_finite_numbers(tmp_path, value):
+    path = write(tmp_path / "r.jsonl", [{"text": "a", "rating": 1}, {"text": "b", "rating": value}])
+    with pytest.raises(DataError, match=r"r\.jsonl, line 2: expected a finite number in `rating`"):
+        read_ratings(path)
+
+
+def test_records_carry_the_line_they_begin_on(tmp_path):
+    path = write(tmp_path / "r.csv", '\ufeffa,b\n1,"x\ny"\n\n2,z\n')
+    assert list(read_records(path)) == [(2, {"a": "1", "b": "x\ny"}), (5, {"a": "2", "b": "z"})]
+    path = write(tmp_path / "r.jsonl", '\n{"a": 1}\n  \n{"a": 2}')
+    assert list(read_records(path)) == [(2, {"a": 1}), (4, {"a": 2})]
+
+
+def test_a_csv_cell_may_hold_a_long_document(tmp_path):
+    text = "word " * 100_000
+    assert read_texts(write(tmp_path / "t.csv", f"text\n{text}\n")) == [text]
+
+
+def test_texts_of_a_text_file(tmp_path):
+    content = "one\r\n\n two \nthree"
+    path = write(tmp_path / "t.txt", content)
+    assert read_texts(path) == [content]
+    assert read_texts(path, lines=True) == ["one", " two ", "three"]
+    assert read_texts(write(tmp_path / "t.txt.gz", content)) == [content]
+
+
+def test_texts_of_records(tmp_path):
+    records = [{"text": "a", "prompt": "p"}, {"text": " \n"}, {"prompt": "q: ", "response": "r"}]
+    assert read_texts(write(tmp_path / "t.jsonl", records)) == ["a", "q: r"]
+
+
+def test_only_newlines_divide_json_lines(tmp_path):
+    path = write(tmp_path / "t.jsonl", '{"text": "a\u2028b\x85c"}\n')
+    assert read_texts(path) == ["a\u2028b\x85c"]
+
+
+def test_prompts(tmp_path):
+    assert read_prompts(write(tmp_path / "p.txt", "first \n\n  \nsecond\r\n")) == ["first ", "second"]
+    assert read_prompts(write(tmp_path / "p.csv", "prompt,id\nfirst,1\n")) == ["first"]
+    with pytest.raises(DataError, match="line 2: expected a prompt, got blank"):
+        read_prompts(write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": " "}]))
+
+
+def test_pairs_with_a_prompt_and_an_optional_margin(tmp_path):
+    rows = 'prompt,chosen,rejected,margin\nq,"good, yes",bad,1.5\nq,a,b,\n'
+    assert read_pairs(write(tmp_path / "p.csv", rows)) == [
+        Pair("q", "good, yes", "bad", 1.5),
+        Pair("q", "a", "b", None),
+    ]
+    with pytest.raises(DataError, match=r"p\.jsonl, line 1: expected a finite number in `margin`, got 'big'"):
+        read_pairs(write(tmp_path / "p.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b", "margin": "big"}]))
+
+
+def test_a_given_prompt_is_not_divided_again(tmp_path):
+    pair = {"prompt": "q", "chosen": "same start one", "rejected": "same start two"}
+    assert read_pairs(write(tmp_path / "p.jsonl", [pair])) == [Pair(**pair)]
+
+
+def test_transcript_pairs_are_divided(tmp_path):
+    start = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: name?\n\nAssistant:"
+    pair = {"chosen": start + " I am Ann.", "rejected": start + " I am Bob."}
+    path = write(tmp_path / "p.jsonl", [pair])
+    assert read_pairs(path) == [Pair(start, " I am Ann.", " I am Bob.", None)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        # the turn that differs is inside the last common "Assistant:" turn
+        ("\n\nHuman: a\n\nAssistant: no", "\n\nHuman: a\n\nAssistant: nope", "\n\nHuman: a\n\nAssistant:"),
+        ("Q: 6 * 7?\nA: 42", "Q: 6 * 7?\nA: 41", "Q: 6 * 7?\nA:"),  # not inside the number
+        ("Write a poem.\nRoses", "Write a poem.\nRotten", "Write a poem.\n"),
+        ("Q\tyes", "Q\tno", "Q"),
+        ("Hi there", "Hi", ""),
+        ("yes", "no", ""),
+    ],
+)
+def test_shared_prompt_ends_at_a_boundary(chosen, rejected, prompt):
+    assert shared_prompt(chosen, rejected) == shared_prompt(rejected, chosen) == prompt
+
+
+def test_identical_responses_are_refused(tmp_path):
+    pairs = [{"chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "a"}]
+    with pytest.raises(DataError, match=r"p\.jsonl, line 2: .*chosen equal to rejected"):
+        read_pairs(write(tmp_path / "p.jsonl", pairs))
+
+
+# what is refused, and where it is said to be
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: expected one JSON object per line"),
+        ("a.jsonl", '{"text": "x"}\n["x"]\n', r"a\.jsonl, line 2: expected a JSON object, got list"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl, line 1: expected one JSON object per line"),
+        ("a.jsonl", "\n \n", r"a\.jsonl: expected at least one record"),
+        ("a.jsonl", '{"text": 5}\n', r"a\.jsonl, line 1: expected text in `text`, got int"),
+        ("a.jsonl", '{"text": "\\ud800"}\n', r"a\.jsonl, line 1: .*surrogate"),
+        ("a.jsonl", '{"body": "x"}\n', r"line 1: expected the columns text, or prompt \+ response, got body"),
+        ("a.jsonl", "{}\n", r"line 1: expected the columns .*, got none"),
+        ("a.csv", "text,id\nx,1\ny\n", r"a\.csv, line 3: expected 2 cells \(text, id\), got 1"),
+        ("a.csv", "text,id\nx,1,2\n", r"a\.csv, line 2: expected 2 cells \(text, id\), got 3"),
+        ("a.csv", 'text\nx\n"open\n\n', r"a\.csv, line 3: expected well-formed cells between ','"),
+        ("a.csv", "text,text\nx,y\n", r"a\.csv, line 1: expected different column names, got text, text"),
+        ("a.csv", "text\n", r"a\.csv: expected at least one record"),
+        ("a.tsv", "text\tid\nx\n", r"a\.tsv, line 2: expected 2 cells"),
+        ("a.txt", b"fine\nb\xff\n", r"a\.txt, line 2: expected UTF-8, got byte 0xff at column 2"),
+        ("a.csv", b"text\nfine\n\xe9\n", r"a\.csv, line 3: expected UTF-8, got byte 0xe9"),
+        ("a.txt", "", r"a\.txt: expected data, got an empty file"),
+        ("a.txt.gz", "", r"a\.txt\.gz: expected data, got an empty file"),
+        ("a.txt", " \n\n", r"a\.txt: expected at least one text"),
+        ("a.jsonl", '{"text": " "}\n', r"a\.jsonl: expected at least one text"),
+        ("a.xml", "<a>", r"a\.xml: expected a name ending in \.txt, \.jsonl.*got '\.xml'"),
+    ],
+)
+def test_bad_files_are_refused_with_file_and_line(tmp_path, name, content, says):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=says) as caught:
+        read_texts(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_broken_gzip_is_refused_with_file_and_line(tmp_path):
+    whole = gzip.compress("".join(f"line {i * i}\n" for i in range(20_000)).encode())
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.txt\.gz, line \d\d+: expected a whole gzip file"):
+        read_texts(path)
+    path.write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"a\.txt\.gz, line 1: expected a whole gzip file"):
+        read_texts(path)
+    # A changed byte in the middle fails the checksum; 0x07 after the 10 byte header is no deflate block.
+    for place, byte in ((len(whole) // 2, whole[len(whole) // 2] ^ 0xFF), (10, 0x07)):
+        corrupt = bytearray(whole)
+        corrupt[place] = byte
+        path.write_bytes(corrupt)
+        with pytest.raises(DataError, match=r"a\.txt\.gz, line \d+: expected a whole gzip file"):
+            read_texts(path)
+
+
+def test_missing_files_and_directories_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.txt: expected a readable file \(No such file"):
+        read_texts(tmp_path / "gone.txt")
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"dir\.jsonl: .*directory.*hf:"):
+        read_texts(tmp_path / "dir.jsonl")
+    with pytest.raises(DataError, match=r"a\.txt: expected records"):
+        read_ratings(write(tmp_path / "a.txt", "a"))
+
+
+def test_missing_columns_list_what_came_and_what_is_allowed(tmp_path):
+    path = write(tmp_path / "a.csv", "prompt,score\na,1\n")
+    allowed = r"prompt \+ response \+ rating, or text \+ rating, got prompt, score"
+    with pytest.raises(DataError, match=r"a\.csv, line 2: expected the columns " + allowed):
+        read_ratings(path)
+    with pytest.raises(DataError, match=r"prompt \+ chosen \+ rejected, or chosen \+ rejected, got prompt"):
+        read_pairs(path)
+
+
+# data sets
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A directory with a data set of two splits (`two`) and one without splits (`one`)."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    train = datasets.Dataset.from_list([{"prompt": f"p{i}", "response": "r", "rating": i} for i in range(3)])
+    test = datasets.Dataset.from_list([{"prompt": "t", "response": "", "rating": None}])
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / "two"))
+    train.save_to_disk(str(tmp_path / "one"))
+    return tmp_path
+
+
+def test_readers_take_data_sets(saved):
+    assert read_prompts(f"hf:{saved}/two") == ["p0", "p1", "p2"]
+    assert read_prompts(f"hf:{saved}/two:test") == ["t"]
+    assert read_texts(f"hf:{saved}/one") == ["p0r", "p1r", "p2r"]
+    assert read_ratings(f"hf:{saved}/one:train")[2] == Rating("p2", "r", 2.0)
+    assert [number for number, _ in read_records(f"hf:{saved}/one")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.tsv", "d.parquet", "d.jsonl.gz"])
+def test_data_sets_of_local_files(saved, name):
+    dataset = load_hf_dataset(str(saved / "one"))
+    if name.endswith(".parquet"):
+        dataset.to_parquet(str(saved / name))
+    elif ".jsonl" in name:
+        write(saved / name, list(dataset))
+    else:
+        dataset.to_csv(str(saved / name), sep="\t" if name.endswith(".tsv") else ",", index=False)
+    assert read_prompts(f"hf:{saved / name}") == ["p0", "p1", "p2"]
+    assert read_prompts(f"hf:{saved / name}:train[:2]") == ["p0", "p1"]
+
+
+def test_load_hf_dataset_selects_columns(saved):
+    dataset = load_hf_dataset(str(saved / "one"), columns=["rating"])
+    assert dataset.column_names == ["rating"] and len(dataset) == 3
+    with pytest.raises(DataError, match="expected the columns rating, score, got prompt, response, rating"):
+        load_hf_dataset(str(saved / "one"), columns=["rating", "score"])
+
+
+def test_bad_data_sets_are_refused(saved):
+    with pytest.raises(DataError, match=r"hf:.*two:test, row 1: expected a finite number in `rating`, got None"):
+        read_ratings(f"hf:{saved}/two:test")
+    with pytest.raises(DataError, match="two: expected one of the splits train, test, got dev"):
+        read_prompts(f"hf:{saved}/two:dev")
+    with pytest.raises(DataError, match="one: expected no split.*got test"):
+        read_prompts(f"hf:{saved}/one:test")
+    with pytest.raises(DataError, match="hf:: expected hf:NAME or hf:NAME:split"):
+        read_prompts("hf:")
+    (saved / "empty").mkdir()
+    with pytest.raises(DataError, match="hf:.*empty: could not load split train"):
+        read_prompts(f"hf:{saved}/empty")
+
+
+# bins and splits
+
+
+def test_a_rating_on_an_edge_belongs_to_the_bin_above():
+    assert bin_ratings([-9, 0.99, 1, 1.5, 2, 9], [1, 2]) == [0, 0, 1, 1, 2, 2]
+    assert bin_ratings([3.0], []) == [0]
+    assert bin_ratings([1, 2, 3, 4, 5], rounding_edges(1, 5)) == [0, 1, 2, 3, 4]
+
+
+def test_bin_ratings_refuses():
+    for edges in ([1, 1], [2, 1]):
+        with pytest.raises(ValueError, match="strictly increasing"):
+            bin_ratings([1], edges)
+    with pytest.raises(ValueError, match="finite"):
+        bin_ratings([float("nan")], [1])
+
+
+def test_edges():
+    assert rounding_edges(1, 5) == [1.5, 2.5, 3.5, 4.5]
+    assert uniform_edges(0, 1, 4) == [0.25, 0.5, 0.75]
+    assert uniform_edges(0, 1, 1) == []
+    assert quantile_edges([4, 1, 3, 2, 5], 2) == [3]
+    ratings = torch.randn(1000, generator=seeded()).tolist()
+    assert set(Counter(bin_ratings(ratings, quantile_edges(ratings, 4))).values()) == {250}
+
+
+def test_edges_refuse():
+    with pytest.raises(ValueError, match="at least one bin"):
+        uniform_edges(0, 1, 0)
+    with pytest.raises(ValueError, match="low < high"):
+        uniform_edges(1, 1, 2)
+    with pytest.raises(ValueError, match="two ratings"):
+        quantile_edges([1], 2)
+    for ratings, bins in (([1, 2, 2, 2, 3], 4), ([1, 1, 1, 2], 2)):  # equal edges; an empty first bin
+        with pytest.raises(ValueError, match=f"too often for {bins} quantile bins"):
+            quantile_edges(ratings, bins)
+
+
+def test_split_holdout():
+    items = [f"item {i}" for i in range(100)]
+    train, held_out = split_holdout(items, 0.2, seed=1)
+    assert (len(train), len(held_out)) == (80, 20)
+    assert sorted(train + held_out) == sorted(items)
+    assert train == [item for item in items if item in train]  # the order stays
+    assert split_holdout(items, 0.2, seed=1) == (train, held_out)
+    assert split_holdout(items, 0.2, seed=2)[1] != held_out
+    assert split_holdout(items, 0.0, seed=1) == (items, [])
+    assert len(split_holdout(items, 0.001, seed=1)[1]) == 1
+    for few, fraction in ((items, 1.0), (items, -0.1), (items[:1], 0.5)):
+        with pytest.raises(ValueError, match="fraction must|cannot hold out"):
+            split_holdout(few, fraction, seed=1)
+
+
+# batches
+
+
+def test_encode_response_truncates_the_prompt_first():
+    tokenizer = ByteTokenizer()
+    prompt, response = tokenizer.encode("abcd"), [*tokenizer.encode("xyz"), tokenizer.eos_id]
+    expected = {
+        9: (prompt + response, 4),
+        8: (prompt + response, 4),
+        7: (prompt[1:] + response, 3),
+        5: (prompt[3:] + response, 1),
+        4: (prompt[3:] + response[:3], 1),  # cut, so without its eos
+        2: (prompt[3:] + response[:1], 1),
+    }
+    for max_len, answer in expected.items():
+        assert encode_response(tokenizer, "abcd", "xyz", max_len) == answer
+    with pytest.raises(ValueError, match="max_len"):
+        encode_response(tokenizer, "abcd", "xyz", 1)
+
+
+def test_encode_response_gives_an_empty_prompt_a_bos():
+    tokenizer = ByteTokenizer()
+    assert encode_response(tokenizer, "", "x", 8) == ([tokenizer.bos_id, 120 + 3, tokenizer.eos_id], 1)
+    assert encode_response(tokenizer, "", "", 8) == ([tokenizer.bos_id, tokenizer.eos_id], 1)
+
+
+def test_pad_sequences():
+    ids, mask = pad_sequences([[5], [0, 7, 8]], pad_id=0)
+    assert ids.tolist() == [[5, 0, 0], [0, 7, 8]] and ids.dtype == torch.long
+    assert mask.tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_pack_documents():
+    stream = pack_documents([[3, 4], [5]], eos_id=2)
+    assert stream.tolist() == [3, 4, 2, 5, 2] and stream.dtype == torch.long
+
+
+@pytest.mark.parametrize("sequences", [[], [[1], []]])
+def test_empty_sequences_are_refused(sequences):
+    for use in (
+        lambda: pad_sequences(sequences, 0),
+        lambda: pack_documents(sequences, 2),
+        lambda: document_batches(sequences, 2, 0, seeded()),
+    ):
+        with pytest.raises(ValueError, match="got none|sequence 1 is empty"):
+            use()
+
+
+def test_next_token_batches_are_crops_of_the_whole_stream():
+    stream = torch.arange(10, dtype=torch.int32)
+    batches = torch.cat(list(islice(next_token_batches(stream, 3, 4, seeded()), 100)))
+    assert batches.shape == (400, 4) and batches.dtype == torch.long
+    assert torch.equal(batches, batches[:, :1] + torch.arange(4))
+    assert set(batches[:, 0].tolist()) == set(range(7))  # the first and the last crop too
+
+
+def test_next_token_batches_follow_the_generator():
+    def first(seed):
+        return torch.stack(list(islice(next_token_batches(torch.arange(1000), 8, 4, seeded(seed)), 5)))
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+
+
+def test_next_token_batches_refuse_at_the_call():
+    next_token_batches(torch.arange(4), 3, 1, seeded())
+    with pytest.raises(ValueError, match="seq_len 4 needs at least 5 tokens, got 4"):
+        next_token_batches(torch.arange(4), 4, 1, seeded())
+    with pytest.raises(ValueError, match=r"\(2, 2\)"):
+        next_token_batches(torch.zeros(2, 2, dtype=torch.long), 1, 1, seeded())
+    with pytest.raises(ValueError, match="float32"):
+        next_token_batches(torch.zeros(8), 1, 1, seeded())
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        next_token_batches(torch.arange(4), 0, 1, seeded())
+
+
+DOCUMENTS = [[i + 1] * (1 + i * 7 % 50) for i in range(101)]
+
+
+def document_epoch(iterator, batch_size: int) -> list[torch.Tensor]:
+    return list(islice(iterator, -(-len(DOCUMENTS) // batch_size)))
+
+
+def test_document_batches_hold_every_document_once_per_epoch():
+    batches = document_batches(DOCUMENTS, 4, 0, seeded(), window=3)
+    epochs = [document_epoch(batches, 4) for _ in range(2)]
+    for epoch in epochs:
+        rows = [[i for i in row.tolist() if i] for batch in epoch for row in batch]
+        assert sorted(rows) == sorted(DOCUMENTS)
+        assert sorted(len(batch) for batch in epoch) == [1] + [4] * 25
+    assert [b.tolist() for b in epochs[0]] != [b.tolist() for b in epochs[1]]
+
+
+def test_document_batches_follow_the_generator():
+    def first(seed):
+        return [b.tolist() for b in document_epoch(document_batches(DOCUMENTS, 4, 0, seeded(seed)), 4)]
+
+    assert first(0) == first(0)
+    assert first(0) != first(1)
+
+
+def test_document_batches_compute_little_padding():
+    def padding(window):
+        epoch = document_epoch(document_batches(DOCUMENTS, 4, 0, seeded(), window), 4)
+        return sum((batch == 0).sum().item() for batch in epoch)
+
+    assert padding(window=26) < padding(window=1) / 5
+
+
+def test_document_batches_do_not_run_from_short_to_long():
+    widths = [b.shape[1] for b in document_epoch(document_batches(DOCUMENTS, 4, 0, seeded()), 4)]
+    assert widths != sorted(widths)
