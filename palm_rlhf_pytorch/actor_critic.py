@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
 from palm_rlhf_pytorch.ops import linear_log_probs, scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.utils import eval_decorator
 
 
 class PPOActionCriticReturn(NamedTuple):
@@ -81,13 +82,23 @@ class ActorCritic(nn.Module):
         critic_palm: PaLM | None = None,
     ):
         super().__init__()
-        critic = moved("critic_palm", critic_palm, "critic", critic)
+        critic = moved("critic_palm", critic_palm, "critic", critic, stacklevel=4)  # one frame is beartype's
+        if actor_lora_scope == critic_lora_scope:
+            raise ValueError(f"actor and critic need scopes of their own, both are {actor_lora_scope!r}")
         self.actor_palm = palm
-        share = critic is None and actor_lora and critic_lora and actor_dropout == critic_dropout
-        if critic is None:
+        if critic is None or critic is palm:
+            share = actor_lora and critic_lora and actor_dropout == critic_dropout
             critic = palm if share else deepcopy(palm)
+        elif isinstance(critic, ImplicitPRM) and (critic.model is palm or critic.ref_model is palm):
+            critic = deepcopy(critic)  # it is trained as a whole, and the policy's trunk must not move with it
         self.implicit_critic = critic if isinstance(critic, ImplicitPRM) else None
         self.critic_palm = critic.model if self.implicit_critic is not None else critic
+        for role, model in (("policy", palm), ("critic", self.critic_palm)):
+            if not model.causal:
+                raise ValueError(f"the {role} must be a causal PaLM: an encoder (causal=False) sees the future")
+        if self.critic_palm.num_tokens < palm.num_tokens:
+            sizes = f"{self.critic_palm.num_tokens} tokens, the policy {palm.num_tokens}"
+            raise ValueError(f"the critic must know the policy's vocabulary, but it has {sizes}")
         # full fine-tuning moves the trunk, so the starting policy needs a copy of its own
         self._reference = [palm if actor_lora else deepcopy(palm).requires_grad_(False).eval()]
 
@@ -154,6 +165,7 @@ class ActorCritic(nn.Module):
         return logits, self.values(x, mask) if return_values else None
 
     @torch.no_grad()
+    @eval_decorator
     def generate(
         self,
         state: Tensor,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from palm_rlhf_pytorch.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "palm_rlhf_pytorch"
+CONFIG = "palm_rlhf_pytorch"  # the one metadata key: with two, safetensors would write them in any order
 GENERATIONS = ("0.2", "0.8")  # of the reference: the gain is gamma, or gamma + 1
 
 
@@ -58,20 +59,35 @@ def read_weights(path: str | Path) -> tuple[OrderedDict[str, Tensor], dict | Non
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {str(path)!r}")
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 state = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-            return state, json.loads(metadata["config"]) if metadata.get("format") == FORMAT else None
+            return state, json.loads(metadata[CONFIG]) if CONFIG in metadata else None
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).split("\n")[0][:200]
+    except Exception as error:  # broken bytes make torch.load raise nearly anything: KeyError, IndexError, OSError
         raise ValueError(
-            f"{str(path)!r} is not a whole weights file of tensors only (nothing in it was executed): {reason}"
+            f"{str(path)!r} is not a whole weights file of tensors only (nothing in it was executed): {reason(error)}"
         ) from None
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{str(path)!r} holds {type(state).__name__}, a state dict of tensors is needed")
     return state, None
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the file's beginning, whatever its name: the length of a JSON header in 8 bytes, then the header."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def reason(error: Exception) -> str:
+    """What is wrong in a few words: the code that a pickle wanted to run, without torch's advice to run it."""
+    forbidden = re.search(r"GLOBAL (\S+)", str(error))
+    if forbidden:
+        return f"it wants to run {forbidden[1]}"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is no pickle of tensors"
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def read_config(path: str | Path) -> dict:
@@ -93,7 +109,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], config: Mapping)
     """Write a state dict as safetensors, tensors that share memory once, with the constructor's keywords."""
     once = {name: state[name].contiguous() for name in dict.fromkeys(first_names(state).values())}
     with atomic_path(path) as temporary:
-        save_file(once, temporary, {"format": FORMAT, "config": json.dumps(config)})
+        save_file(once, temporary, {CONFIG: json.dumps(config)})
 
 
 def load_weights(module: nn.Module, path: str | Path, generation: str | None = None) -> None:
@@ -102,12 +118,13 @@ def load_weights(module: nn.Module, path: str | Path, generation: str | None = N
         raise ValueError(f"generation is one of {GENERATIONS}, or None to look, got {generation!r}")
     state, config = read_weights(path)
     own = module.state_dict()
-    if config is not None and generation is None:
+    if config is not None:
         for name, first in first_names(own).items():
             if name not in state and first in state:
                 state[name] = state[first]
         state._metadata = own._metadata
-    elif generation is not None:
+    if generation is not None:
+        state = OrderedDict(state)
         state._metadata = OrderedDict((name, {"generation": generation}) for name in own._metadata)
     try:
         module.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""Files and data sets to texts, ratings, pairs and prompts; token ids to batches.
+"""Files and data sets to texts, ratings, pairs and prompts.
 
 Wherever a reader takes a path it takes a plain text (.txt), JSON Lines (.jsonl, .json), CSV or TSV file in
-UTF-8, each also gzipped (.gz), or `hf:NAME[:split]`, read through `datasets`. Axes: b sequences, n tokens.
+UTF-8, each also gzipped (.gz), or `hf:NAME[:split]`, read through `datasets`.
 """
 
 import csv
@@ -14,17 +14,12 @@ import re
 import statistics
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Generator, Tensor
-from torch.nn.utils.rnn import pad_sequence
-
 from palm_rlhf_pytorch.extras import require
-from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -374,94 +369,12 @@ def split_holdout(items: Sequence[T], fraction: float, seed: int) -> tuple[list[
     return parts
 
 
-# token ids to batches
-
-
-def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: int) -> tuple[list[int], int]:
-    """The ids of prompt, response and eos, at most `max_len` of them, and how many are the prompt's.
-
-    Too long a prompt loses its beginning, then the response its end (and with it the eos: it did not finish).
-    At least one prompt token stays, bos if the prompt is empty, for the first response token to follow.
-    """
-    if max_len < 2:
-        raise ValueError(f"max_len must hold at least a prompt and a response token (2), got {max_len}.")
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
-    response_ids = [*tokenizer.encode(response), tokenizer.eos_id]
-    kept = max(1, min(len(prompt_ids), max_len - len(response_ids)))
-    return (prompt_ids[-kept:] + response_ids)[:max_len], kept
-
-
-def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Right padding: ids (b, n), long, and mask (b, n), True at real tokens."""
-    _refuse_empty(sequences)
-    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(s) for s in sequences])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
-
-
-def pack_documents(documents: Iterable[Sequence[int]], eos_id: int) -> Tensor:
-    """One stream (n,) of all documents, each followed by eos."""
-    documents = list(documents)
-    _refuse_empty(documents)
-    return torch.cat([torch.tensor([*document, eos_id]) for document in documents])
-
-
-def next_token_batches(ids: Tensor, seq_len: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:
-    """Random crops of a stream (n,), forever: (b, seq_len + 1), which predict seq_len next tokens each."""
-    if ids.ndim != 1 or ids.is_floating_point():
-        raise ValueError(f"expected a stream of token ids (n,), got {tuple(ids.shape)} of {ids.dtype}.")
-    if min(seq_len, batch_size) < 1:
-        raise ValueError(f"seq_len and batch_size must be at least 1, got {seq_len} and {batch_size}.")
-    if len(ids) <= seq_len:
-        raise ValueError(f"seq_len {seq_len} needs at least {seq_len + 1} tokens, got {len(ids)}.")
-
-    def batches() -> Iterator[Tensor]:
-        offsets = torch.arange(seq_len + 1)
-        while True:
-            starts = torch.randint(len(ids) - seq_len, (batch_size, 1), generator=generator)
-            yield ids[starts + offsets].long()
-
-    return batches()  # a function of its own, so that bad arguments are refused at the call
-
-
-def document_batches(
-    documents: Sequence[Sequence[int]],
-    batch_size: int,
-    pad_id: int,
-    generator: Generator,
-    window: int = 32,
-) -> Iterator[Tensor]:
-    """Whole documents in shuffled epochs, forever: (b, n), right padded.
-
-    Each epoch has every document once; its smallest batch may have less than `batch_size`. Documents are
-    sorted by length within shuffled windows of `window` batches, so that batches hold little padding.
-    """
-    _refuse_empty(documents)
-    if min(batch_size, window) < 1:
-        raise ValueError(f"batch_size and window must be at least 1, got {batch_size} and {window}.")
-
-    def batches() -> Iterator[Tensor]:
-        while True:
-            for indices in _bucketed_epoch([len(d) for d in documents], batch_size, window, generator):
-                yield pad_sequences([documents[i] for i in indices], pad_id)[0]
-
-    return batches()
-
-
-def _bucketed_epoch(lengths: list[int], batch_size: int, window: int, generator: Generator) -> list[list[int]]:
-    """The batches of one epoch as lists of indices."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    batches = []
-    for start in range(0, len(order), batch_size * window):
-        bucket = sorted(order[start : start + batch_size * window], key=lengths.__getitem__)
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    # Shuffled again, or every window would run from short to long.
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def _refuse_empty(sequences: Sequence[Sequence[int]]) -> None:
-    if not sequences:
-        raise ValueError("expected at least one sequence of token ids, got none.")
-    lengths = [len(s) for s in sequences]
-    if 0 in lengths:
-        raise ValueError(f"sequence {lengths.index(0)} is empty: every sequence needs at least one token.")
+def first_words(text: str, count: int) -> tuple[str, str]:
+    """(the first `count` words, the rest with its leading space): an opening to complete, and how it went on."""
+    end = 0
+    for _ in range(count):
+        found = re.compile(r"\s*\S+").match(text, end)
+        if found is None:
+            break
+        end = found.end()
+    return text[:end], text[end:]

@@ -61,9 +61,13 @@ class Experience:
 
     @classmethod
     def cat(cls, parts: Sequence[Experience]) -> Experience:
-        """One record of several, padded on the right to the longest."""
+        """One record of several, padded on the right to the longest. Groups of different parts stay apart."""
         n = max(part.sequence.shape[1] for part in parts)
         columns = [part.tensors() for part in parts]
+        taken = 0
+        for c in columns:
+            c["group_ids"] = c["group_ids"] - c["group_ids"].min() + taken
+            taken = int(c["group_ids"].max()) + 1
 
         def column(name: str) -> Tensor:
             padded = [

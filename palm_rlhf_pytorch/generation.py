@@ -98,9 +98,9 @@ def check_token_ids(ids: Tensor, num_tokens: int, what: str = "token ids") -> No
 
 def check_prompts(prompts: Tensor, lengths: Tensor, num_tokens: int) -> None:
     """Refuse prompts (b, n) that no answer can be drawn for."""
-    if prompts.ndim != 2 or lengths.shape != prompts.shape[:1]:
-        shapes = f"{tuple(prompts.shape)} and {tuple(lengths.shape)}"
-        raise ValueError(f"prompts (b, n) and their lengths (b,) are needed, got shapes {shapes}")
+    if prompts.ndim != 2 or lengths.shape != prompts.shape[:1] or lengths.is_floating_point():
+        got = f"shapes {tuple(prompts.shape)} and {tuple(lengths.shape)} of {lengths.dtype}"
+        raise ValueError(f"prompts (b, n) and their integer lengths (b,) are needed, got {got}")
     if prompts.numel() == 0 or int(lengths.min()) < 1:
         raise ValueError("every prompt needs at least one token; start an empty one with a begin-of-text token")
     if int(lengths.max()) > prompts.shape[1]:
@@ -130,7 +130,6 @@ def decode(
     prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. The first pass reads all
     prompts at once; from then on each step is one token a row, and rows that ended are computed no more.
     """
-    check_prompts(prompts, lengths, model.num_tokens)
     eos = eos_tensor(eos_token, prompts.device)
     rows = torch.arange(prompts.shape[0], device=prompts.device)
     key_mask = lengths_to_mask(lengths, prompts.shape[1])
@@ -175,6 +174,7 @@ def generate(
     **decode_kwargs,
 ) -> Generation:
     """Prompts (b, n) of given lengths (b,) -> sequences of at most max_len tokens, at least one of them new."""
+    check_prompts(prompts, lengths, model.num_tokens)
     batch, n = prompts.shape
     limits = lengths.new_full((batch,), max_len)
     width = max(max_len, n + 1)
@@ -185,7 +185,7 @@ def generate(
     response_mask = torch.zeros_like(prompt_mask)
     log_probs = torch.zeros(batch, width, device=prompts.device)
 
-    with tqdm(total=max_len - int(lengths.min()), unit="token", disable=not use_tqdm) as bar:
+    with tqdm(total=max(1, max_len - int(lengths.min())), unit="token", disable=not use_tqdm) as bar:
         for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
             sequence[step.rows, step.positions] = step.tokens
             response_mask[step.rows, step.positions] = True
@@ -206,6 +206,7 @@ def stream(
     model, prompts: Tensor, lengths: Tensor, max_len: int, sampling: Sampling, pad_value: int = 0, **kwargs
 ) -> Iterator[Tensor]:
     """The tokens as they come: (b,) a step, `pad_value` for rows that have ended."""
+    check_prompts(prompts, lengths, model.num_tokens)
     limits = lengths.new_full(lengths.shape, max_len)
     for step in decode(model, prompts, lengths, limits, sampling, **kwargs):
         tokens = prompts.new_full(lengths.shape, pad_value)
@@ -215,6 +216,9 @@ def stream(
 
 def as_batch(prompt: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A prompt (..., n) -> (b, n) and its leading shape."""
+    if prompt.ndim == 0 or prompt.numel() == 0:
+        shape = tuple(prompt.shape)
+        raise ValueError(f"a prompt is (n,) or (..., n) token ids, at least one of them, got shape {shape}")
     return prompt.reshape(-1, prompt.shape[-1]), tuple(prompt.shape[:-1])
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.ops import linear_log_probs, scatter_to_mask
+from palm_rlhf_pytorch.ops import has_token_after_padding, linear_log_probs, scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 
 
@@ -20,6 +20,8 @@ class ImplicitPRM(nn.Module):
 
     def __init__(self, model: PaLM, ref_model: PaLM | None = None, beta: float = 0.1):
         super().__init__()
+        if not model.causal or (ref_model is not None and not ref_model.causal):
+            raise ValueError("an implicit reward is a likelihood ratio and needs causal models, got an encoder")
         self.model = model
         self.ref_model = deepcopy(model) if ref_model is None else ref_model
         self.ref_model.requires_grad_(False).eval()
@@ -39,19 +41,21 @@ class ImplicitPRM(nn.Module):
         With labels (b,) in {0, 1} the loss instead: binary cross-entropy of sigmoid(sum of the response's rewards),
         eq. 5. prompt_mask (b, n) says which tokens are no response (None: the first token only).
         """
-        valid = seq[:, 1:] >= 0
-        rewards = self.beta * (self._log_probs(self.model, seq, valid) - self._reference(seq, valid))
+        rewards = self.beta * (self._log_probs(self.model, seq) - self._reference(seq))
         if labels is None:
             return rewards
         if prompt_mask is not None:
             rewards = rewards.masked_fill(prompt_mask[:, 1:], 0.0)
         return F.binary_cross_entropy_with_logits(rewards.sum(dim=-1), labels.to(rewards.dtype))
 
-    def _log_probs(self, palm: PaLM, seq: Tensor, valid: Tensor) -> Tensor:
-        embeds = palm(seq, return_only_embedding=True)[:, :-1]
+    def _log_probs(self, palm: PaLM, seq: Tensor) -> Tensor:
+        real = seq >= 0
+        valid = real[:, 1:] & real[:, :-1]
+        mask = real if has_token_after_padding(real) else None
+        embeds = palm(seq, mask=mask, return_only_embedding=True)[:, :-1]
         log_probs, _ = linear_log_probs(embeds[valid], palm.to_logits.weight, seq[:, 1:][valid], palm.logit_scale)
         return scatter_to_mask(log_probs, valid)
 
     @torch.no_grad()
-    def _reference(self, seq: Tensor, valid: Tensor) -> Tensor:
-        return self._log_probs(self.ref_model, seq, valid)
+    def _reference(self, seq: Tensor) -> Tensor:
+        return self._log_probs(self.ref_model, seq)

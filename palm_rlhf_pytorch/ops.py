@@ -77,6 +77,11 @@ def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
+def has_token_after_padding(mask: Tensor) -> bool:
+    """Whether in any row of `mask` (b, n) a real token follows padding: only then must a causal model be masked."""
+    return bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
 def lengths_to_mask(lengths: Tensor, n: int) -> Tensor:
     """Lengths (b,) -> (b, n) bool, True before each length."""
     return torch.arange(n, device=lengths.device) < lengths[:, None]

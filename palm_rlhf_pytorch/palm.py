@@ -145,7 +145,8 @@ class PaLM(nn.Module):
 
     The first keywords are the reference's. Beyond it: `kv_heads` (key/value heads, a divisor of heads),
     `rotary_theta`, `use_xpos` (None: on when causal), `ff_inner_dim` (None: dim * ff_mult), `norm_eps`, `logit_scale`,
-    `gradient_checkpointing` (layers are computed again for the backward pass instead of being kept).
+    `gradient_checkpointing` (layers are computed again for the backward pass instead of being kept);
+    `finetune_scopes` may map names to LoRA ranks.
     """
 
     _version = 2  # in state dicts: weights of ours need no guess at the generation
@@ -167,7 +168,7 @@ class PaLM(nn.Module):
         lora_r: int = 8,
         rotary_xpos_scale_base: int | float = 512,
         flash_attn: bool = False,
-        finetune_scopes: list[str] | tuple[str, ...] = (),
+        finetune_scopes: list[str] | tuple[str, ...] | dict[str, int] = (),
         cross_entropy_ignore_index: int = 0,
         kv_heads: int = 1,
         rotary_theta: int | float = 10000,
@@ -218,8 +219,9 @@ class PaLM(nn.Module):
         nn.init.normal_(self.token_emb.weight, std=0.02)
 
         self.finetune_modules = nn.ModuleDict()
-        for scope in finetune_scopes:
-            self.add_finetune_params(scope)
+        ranks = finetune_scopes if isinstance(finetune_scopes, dict) else dict.fromkeys(finetune_scopes)
+        for scope, r in ranks.items():
+            self.add_finetune_params(scope, r)
         self.register_load_state_dict_pre_hook(adopt_reference_weights)
 
     @property
@@ -237,10 +239,15 @@ class PaLM(nn.Module):
         """The model that `save` wrote, sizes and all."""
         return cls(**read_config(path)).load(path)
 
+    @property
+    def whole_config(self) -> dict:
+        """The constructor's keywords that make this model, adapters of every rank included."""
+        ranks = {scope: lora[0][0].A.shape[-1] for scope, lora in self.finetune_modules.items()}
+        return {**self.config, "finetune_scopes": ranks}
+
     def save(self, path: str | Path) -> None:
         """Write weights and constructor keywords as safetensors, atomically."""
-        scopes = list(self.finetune_modules)
-        save_weights(path, self.state_dict(), {**self.config, "finetune_scopes": scopes})
+        save_weights(path, self.state_dict(), self.whole_config)
 
     def load(self, path: str | Path, generation: str | None = None) -> PaLM:
         """Load .safetensors or .pt weights of ours or of the reference; no code in them is ever run.
@@ -285,13 +292,13 @@ class PaLM(nn.Module):
             yield
             return
         saved = []
-        with torch.no_grad():
-            for layer, lora in zip(self.layers, self._lora(scope), strict=True):
-                block = layer.fn
-                touched = block.fused_attn_ff_proj.weight.data[: sum(block.fused_dims[:3])]
-                saved += [(t, t.clone()) for t in (touched, block.attn_out.weight.data)]
-                block.merge_lora(lora)
         try:
+            with torch.no_grad():
+                for layer, lora in zip(self.layers, self._lora(scope), strict=True):
+                    block = layer.fn
+                    touched = block.fused_attn_ff_proj.weight.data[: sum(block.fused_dims[:3])]
+                    saved += [(t, t.clone()) for t in (touched, block.attn_out.weight.data)]
+                    block.merge_lora(lora)
             yield
         finally:
             for weight, before in saved:
@@ -338,11 +345,14 @@ class PaLM(nn.Module):
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
 
         extra_embed (b, n, d) is added to the token embeddings. mask (b, n) bool is False for padding; a causal model
-        needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. With a
-        cache, x are the tokens that follow those in it (mask: padding on the right of a first, ragged batch).
+        needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. Padding
+        adds nothing to the loss. With a cache, x are the tokens that follow those in it (mask: padding on the right
+        of a first, ragged batch).
         """
         if return_loss:
-            x, labels = x[:, :-1], x[:, 1:]
+            real = x >= 0 if mask is None else mask
+            labels = x.masked_fill(~real, self.cross_entropy_ignore_index)[:, 1:]
+            x, mask, extra_embed = (None if t is None else t[:, : labels.shape[1]] for t in (x, mask, extra_embed))
         lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
         if mask is None and not self.causal:
             mask = x >= 0
@@ -400,14 +410,17 @@ class PaLM(nn.Module):
         eos_token: int | Sequence[int] | None = None,
         seed: int | None = None,
         temperature: float = 1.0,
+        filter_logits_fn: Callable[..., Tensor] | None = top_k,
+        filter_thres: float = 0.9,
         top_k: int | None = None,
         top_p: float | None = None,
         **kwargs,
     ) -> Iterator[Tensor]:
-        """Tokens as they come, each of the prompt's leading shape. See `generate`."""
+        """The tokens that `generate` draws, as they come, each of the prompt's leading shape; `pad_value` for rows
+        that have ended. The last kwargs go to forward (`finetune_scope`)."""
         prompts, leading = generation.as_batch(prompt.to(self.device))
-        lengths = full_lengths(prompts) if prompt_lengths is None else prompt_lengths.to(self.device)
-        sampling = generation.Sampling(temperature, top_k=top_k, top_p=top_p)
+        lengths = lengths_of(prompts, prompt_lengths)
+        sampling = sampling_of(temperature, filter_logits_fn, filter_thres, top_k, top_p)
         was_training = self.training
         self.eval()
         try:
@@ -462,9 +475,7 @@ class PaLM(nn.Module):
         if prompt is None:
             prompt = torch.randint(0, self.num_tokens, (1, 1), device=self.device, generator=generator)
         prompts, leading = generation.as_batch(prompt.to(self.device))
-        lengths = full_lengths(prompts) if prompt_lengths is None else prompt_lengths.to(self.device)
-        explicit = top_k is not None or top_p is not None or filter_logits_fn is None
-        filter_logits = None if explicit else partial(filter_logits_fn, thres=filter_thres)
+        lengths = lengths_of(prompts, prompt_lengths)
         scope = None if kwargs.get("disable_lora") else finetune_scope
         with self.merged(scope):
             out = generation.generate(
@@ -472,7 +483,7 @@ class PaLM(nn.Module):
                 prompts,
                 lengths,
                 seq_len,
-                generation.Sampling(temperature, filter_logits, top_k, top_p),
+                sampling_of(temperature, filter_logits_fn, filter_thres, top_k, top_p),
                 int(pad_value),
                 use_tqdm,
                 eos_token=eos_token,
@@ -499,8 +510,20 @@ def check_sizes(heads: int, kv_heads: int, dim_head: int, **sizes: int) -> None:
         raise ValueError(f"dim_head must be even for rotary embeddings, got {dim_head}")
 
 
-def full_lengths(prompts: Tensor) -> Tensor:
-    return torch.full(prompts.shape[:1], prompts.shape[1], device=prompts.device)
+def lengths_of(prompts: Tensor, lengths: Tensor | None) -> Tensor:
+    """Lengths given (...), or else those of whole rows (b, n) -> (b,)."""
+    if lengths is None:
+        return torch.full(prompts.shape[:1], prompts.shape[1], device=prompts.device)
+    return lengths.to(prompts.device).reshape(-1)
+
+
+def sampling_of(
+    temperature: float, filter_logits_fn: Callable | None, filter_thres: float, top_k: int | None, top_p: float | None
+) -> generation.Sampling:
+    """The usual top_k and top_p take the place of the reference's filter."""
+    explicit = top_k is not None or top_p is not None or filter_logits_fn is None
+    filter_logits = None if explicit else partial(filter_logits_fn, thres=filter_thres)
+    return generation.Sampling(temperature, filter_logits, top_k, top_p)
 
 
 def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:

@@ -136,7 +136,6 @@ class PPO(nn.Module):
 
         with torch.no_grad():
             ratio = log_ratio.exp()
-            error = experience.returns[mask] - self.value_loss.decode(predicted)
             numbers = {
                 "policy_loss": policy_loss,
                 "value_loss": value_loss,
@@ -144,8 +143,6 @@ class PPO(nn.Module):
                 "clip_fraction": masked_mean(((ratio - 1).abs() > eps).float(), mask, dim=None),
                 # E[rho - 1 - log rho], the k3 estimate of KL(old || new): never negative
                 "approx_kl": masked_mean(ratio - 1 - log_ratio, mask, dim=None),
-                "explained_variance": 1
-                - error.var(correction=0) / experience.returns[mask].var(correction=0).clamp(min=1e-8),
             }
         return loss, {name: value.detach() for name, value in numbers.items()}
 

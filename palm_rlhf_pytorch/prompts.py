@@ -39,19 +39,31 @@ class Prompts:
         tokenizer: Callable[[list[str]], Any] | None,
         pad_value: int = 0,
     ) -> Prompts:
-        """From exactly one of texts, a file with one a line, or ids."""
+        """From exactly one of texts, a file with one a line, or ids. Texts are padded with the tokenizer's `pad_id`, if
+        it has one.
+        """
         if sum(x is not None for x in (prompts, prompts_path, prompt_token_ids)) != 1:
             raise ValueError("exactly one of prompts, prompts_path and prompt_token_ids is needed")
         if prompt_token_ids is not None:
             return cls(prompt_token_ids, pad_value)
+        if isinstance(prompts, str):
+            raise TypeError("prompts is a list of texts; a single text goes in as [text]")
         if prompts_path is not None:
-            lines = Path(prompts_path).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompts_path).read_text(encoding="utf-8-sig").split("\n")
             prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError("there are no prompts: the list or file is empty")
         if tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: a function from list[str] to token ids (b, n)")
-        return cls(torch.as_tensor(tokenizer(list(prompts))), pad_value)
+        ids = tokenizer(list(prompts))
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(ids).__name__
+            raise TypeError(f"the tokenizer must make token ids (b, n) of a list of texts, got a {kind}") from None
+        if ids.shape[:1] != (len(prompts),):
+            raise ValueError(f"the tokenizer made ids of shape {tuple(ids.shape)} from {len(prompts)} prompts")
+        return cls(ids, getattr(tokenizer, "pad_id", pad_value))
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.checkpoint import load_weights, read_config, save_weights
-from palm_rlhf_pytorch.ops import lengths_to_mask, masked_mean
+from palm_rlhf_pytorch.ops import has_token_after_padding, lengths_to_mask, masked_mean
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.utils import eval_decorator, gumbel_sample
 
@@ -60,14 +60,18 @@ class RewardModel(nn.Module):
             use_lora=use_lora,
             lora_r=lora_r,
             reward_lora_scope=reward_lora_scope,
+            sample_from_bins=sample_from_bins,
+            sample_temperature=sample_temperature,
             bin_values=None if bin_values is None else list(bin_values),
         )
 
         self.palm = deepcopy(palm).set_dropout(dropout)
         self.reward_lora_scope = reward_lora_scope if use_lora else None
         self.palm.requires_grad_(not use_lora)
-        if use_lora and reward_lora_scope not in self.palm.finetune_modules:
-            self.palm.add_finetune_params(reward_lora_scope, lora_r)
+        if use_lora:
+            if reward_lora_scope not in self.palm.finetune_modules:
+                self.palm.add_finetune_params(reward_lora_scope, lora_r)
+            self.palm.finetune_modules[reward_lora_scope].requires_grad_(True)
 
         dim = palm.dim
         self.prompt_embed = nn.Parameter(torch.zeros(1, 1, dim))
@@ -80,7 +84,7 @@ class RewardModel(nn.Module):
         if self.binned_output and values.numel() != bins:
             raise ValueError(f"bin_values needs one value for each of the {bins} bins, got {values.numel()}")
         self.register_buffer("bin_values", values, persistent=False)
-        self.to(palm.device)
+        self.to(palm.device, palm.token_emb.weight.dtype)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> RewardModel:
@@ -90,8 +94,7 @@ class RewardModel(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights and constructor keywords as safetensors, atomically."""
-        scopes = [scope for scope in self.palm.finetune_modules if scope != self.reward_lora_scope]
-        save_weights(path, self.state_dict(), {**self.config, "palm": {**self.palm.config, "finetune_scopes": scopes}})
+        save_weights(path, self.state_dict(), {**self.config, "palm": self.palm.whole_config})
 
     def load(self, path: str | Path, generation: str | None = None) -> RewardModel:
         """Load .safetensors or .pt weights of ours or of the reference; see `PaLM.load`."""
@@ -111,7 +114,11 @@ class RewardModel(nn.Module):
         prompt_mask: Tensor | None = None,
         disable_lora: bool = False,
     ) -> Tensor:
-        """The head's output on the mean over `mask` (b, n): bin logits (b, bins) or scalars (b,)."""
+        """The head's output on the mean over `mask` (b, n): bin logits (b, bins) or scalars (b,).
+
+        Ids below 0 are padding, seen by no other token.
+        """
+        real = x >= 0
         extra_embed = None
         if prompt_mask is not None:
             extra_embed = torch.where(rearrange(prompt_mask, "b n -> b n 1"), self.prompt_embed, self.response_embed)
@@ -121,6 +128,7 @@ class RewardModel(nn.Module):
             return_only_embedding=True,
             disable_lora=disable_lora,
             finetune_scope=self.reward_lora_scope,
+            mask=real if has_token_after_padding(real) else None,
         )
         return self.to_pred(masked_mean(embeds, mask, dim=1))
 
@@ -132,7 +140,7 @@ class RewardModel(nn.Module):
         """
         mask = x >= 0 if mask is None else mask
         pred = self.predict(x.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
-        return pred.float().softmax(dim=-1) @ self.bin_values if self.binned_output else pred.float()
+        return pred.float().softmax(dim=-1) @ self.bin_values.float() if self.binned_output else pred.float()
 
     @torch.no_grad()
     @eval_decorator
@@ -180,7 +188,7 @@ class RewardModel(nn.Module):
     def loss(self, pred: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of bins, or mean squared error, against labels (b,)."""
         if not self.binned_output:
-            return F.mse_loss(pred, labels.to(pred.dtype))
+            return F.mse_loss(pred.float(), labels.float())
         if labels.is_floating_point():
             raise TypeError("labels of a binned reward model are bin indices (integers); see data.bin_ratings")
         return F.cross_entropy(pred.float(), labels)

@@ -56,7 +56,11 @@ class Scorer:
                 self._pieces(generated, generated.prompt_mask),
                 self._pieces(generated, generated.response_mask),
             )
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=device).detach()
+        try:
+            scores = torch.as_tensor(scores, dtype=torch.float32, device=device).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(scores).__name__
+            raise TypeError(f"the reward must return one number for each of {batch} responses, got a {kind}") from error
         if scores.shape != (batch,):
             raise ValueError(
                 f"the reward must return one number for each of {batch} responses, got shape {tuple(scores.shape)}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +20,14 @@ from tqdm import tqdm
 from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.actor_critic import ActorCritic, PolicyOutput
 from palm_rlhf_pytorch.experience import Experience
-from palm_rlhf_pytorch.files import atomic_path
 from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
+from palm_rlhf_pytorch.state import fingerprint, load_state, random_state, save_state, set_random_state
 
 Metrics = dict[str, float]
+PROGRESS = ("step", "prompts_done", "score_shift", "score_scale")  # a trainer's counters
 
 
 class Algorithm(Protocol):
@@ -125,7 +129,7 @@ class OnPolicyTrainer:
         return self.accelerate.device
 
     @property
-    def palm(self) -> nn.Module:
+    def palm(self) -> PaLM:
         return self.actor_critic.actor_palm
 
     @property
@@ -161,6 +165,9 @@ class OnPolicyTrainer:
         if isinstance(num_episodes, bool):  # Module.train(mode), which some code calls on everything
             self.learner.train(num_episodes)
             return self
+        if min(update_timesteps, max_batch_size) < 1:
+            sizes = f"update_timesteps={update_timesteps} and max_batch_size={max_batch_size}"
+            raise ValueError(f"a rollout needs one prompt or more at once, got {sizes}")
         eos = eos_token if eos_token is None or isinstance(eos_token, int) else tuple(eos_token)
         options = RolloutOptions(max_seq_len, eos, temperature, self.prompts.pad_value, self.missing_eos_penalty)
         if not temperature > 0:
@@ -196,7 +203,6 @@ class OnPolicyTrainer:
         return {
             "step": self.step,
             "prompts": self.prompts_done + count,
-            **describe(experience),
             **learned,
             "tokens_per_second": tokens / (ended - started),
             "rollout_seconds": rolled - started,
@@ -213,9 +219,9 @@ class OnPolicyTrainer:
             some = rows[start : start + max_batch_size]
             ids, lengths = self.prompts.rows(some)
             ids, lengths = generation.repeat_prompts(ids.to(self.device), lengths.to(self.device), samples)
-            groups = start + torch.arange(len(some), device=self.device).repeat_interleave(samples)
-            part = roll_out(self.actor_critic, self.scorer, ids, lengths, groups, options, generator=self.generator)
-            with torch.no_grad():
+            groups = torch.arange(len(some), device=self.device).repeat_interleave(samples)
+            with torch.no_grad(), self.accelerate.autocast():  # in the precision that learning computes in
+                part = roll_out(self.actor_critic, self.scorer, ids, lengths, groups, options, generator=self.generator)
                 parts.append(self.algorithm.judge(self.actor_critic, part))
             if bar is not None:
                 bar.update(len(some) * self.accelerate.num_processes)
@@ -226,7 +232,8 @@ class OnPolicyTrainer:
             if self.step == 0:
                 scores = self.accelerate.gather(experience.scores)
                 self.score_shift = float(scores.mean())
-                self.score_scale = float(scores.std(correction=0).clamp(min=1e-6))
+                std = float(scores.std(correction=0))
+                self.score_scale = std if std > 1e-6 else 1.0  # all equal: there is nothing to scale by
             experience.scores = (experience.scores - self.score_shift) / self.score_scale
         return experience
 
@@ -236,17 +243,14 @@ class OnPolicyTrainer:
             experience = Experience.cat(list(experience))
         experience = self.algorithm.target(experience)
         self.learner.train()
-        sums: dict[str, float] = {}
-        steps = 0
+        rows: list[Metrics] = []
         for _ in range(self.options.epochs):
-            for rows in self._minibatches(experience.group_ids):
-                for name, value in self._take_step(experience[rows], temperature).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                steps += 1
-            if self.options.kl_stop is not None and sums["approx_kl"] / steps > self.options.kl_stop:
+            epoch = [self._take_step(experience[rows], temperature) for rows in self._minibatches(experience.group_ids)]
+            rows += epoch
+            if self.options.kl_stop is not None and mean_of(epoch)["approx_kl"] > self.options.kl_stop:
                 break
         self.learner.eval()
-        return {name: value / steps for name, value in sums.items()}
+        return {**describe(experience), **mean_of(rows)}
 
     def _minibatches(self, group_ids: Tensor) -> Iterator[Tensor]:
         """Rows of shuffled minibatches; a group is never split."""
@@ -268,8 +272,9 @@ class OnPolicyTrainer:
             self.accelerate.backward(loss * share)
             for name, value in numbers.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * share
+        self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
         for group in self.optimizer.param_groups:
-            norm = self.accelerate.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
+            norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
             totals[f"grad_norm_{group.get('name', 'policy')}"] = torch.as_tensor(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -281,7 +286,7 @@ class OnPolicyTrainer:
     def generate(
         self,
         max_seq_len: int,
-        *args,
+        *,
         prompt: Tensor,
         num_samples: int = 4,
         return_score: bool = False,
@@ -301,14 +306,23 @@ class OnPolicyTrainer:
             max_seq_len,
             prompt[None].expand(num_samples, -1),
             temperature,
-            *args,
-            **{"filter_logits_fn": None, "finetune_scope": self.actor_critic.actor_lora_scope, **kwargs},
-            pad_value=self.prompts.pad_value,
+            finetune_scope=self.actor_critic.actor_lora_scope,
+            **{"filter_logits_fn": None, "pad_value": self.prompts.pad_value, **kwargs},
             eos_token=eos_token,
             return_log_probs=True,
         )
         answer, score = generation.best_of(self.scorer(out), out)
         return (answer, float(score)) if return_score else answer
+
+    def merged_policy(self) -> PaLM:
+        """A copy of the policy as a plain PaLM: adapters merged, the critic's left out, nothing frozen."""
+        scope = self.actor_critic.actor_lora_scope
+        policy = deepcopy(self.palm)
+        if scope is not None:
+            policy.merge_finetune_params(scope)
+        for other in list(policy.finetune_modules):
+            policy.remove_finetune_params(other)
+        return policy.requires_grad_(True).eval()
 
     # checkpoints
 
@@ -317,61 +331,91 @@ class OnPolicyTrainer:
         if not self.accelerate.is_main_process:
             return
         state = {
-            "weights": self._trained_state(),
+            "kind": type(self.algorithm).__name__,
+            "weights": self._weights(),
+            "trunk": self._trunk,
             "optimizer": self.optimizer.state_dict(),
-            "progress": {
-                "step": self.step,
-                "prompts_done": self.prompts_done,
-                "score_shift": self.score_shift,
-                "score_scale": self.score_scale,
-            },
-            "random": {
-                "order": self.order.get_state(),
-                "generator": self.generator.get_state(),
-                "torch": torch.get_rng_state(),
-            },
-            "prompt_queue": self.prompts.queue,
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+            "prompts": {"count": len(self.prompts), "queue": self.prompts.queue},
+            "order": self.order.get_state(),
+            "random": {"device": self.device.type, "generator": self.generator.get_state(), **random_state()},
             "history": self.history,
         }
-        with atomic_path(filepath) as temporary:
-            torch.save(state, temporary)
+        save_state(filepath, state)
 
     def load(self, filepath: str | Path = "./checkpoint.pt") -> OnPolicyTrainer:
-        """Take up what `save` wrote, in a trainer built the same way; the file's tensors are read, no code is run."""
-        if not Path(filepath).is_file():
-            raise FileNotFoundError(f"there is no checkpoint {str(filepath)!r}")
-        state = torch.load(filepath, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "weights" not in state:
-            raise ValueError(f"{str(filepath)!r} is not a trainer's checkpoint; PaLM.load reads model weights")
-        learner = self.accelerate.unwrap_model(self.learner)
-        missing = set(self._trained_state()) ^ set(state["weights"])
-        if missing:
-            raise ValueError(f"{str(filepath)!r} is of a trainer built otherwise: {sorted(missing)[:3]} differ")
-        learner.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
-        self.order.set_state(state["random"]["order"])
-        self.generator.set_state(state["random"]["generator"])
-        torch.set_rng_state(state["random"]["torch"])
-        self.prompts.queue = state["prompt_queue"]
+        """Take up what `save` wrote, in a trainer built the same way; the file's tensors are read, no code is run.
+
+        Where adapters are trained, palm must be the one that the run started from, which is checked. A policy trained
+        as a whole comes with its frozen reference, so any palm of its sizes will do.
+        """
+        state = load_state(filepath, type(self.algorithm).__name__)
+        own, saved = self._weights(), state["weights"]
+        shapes = [{name: t.shape for name, t in weights.items()} for weights in (own, saved)]
+        differ = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        if differ:
+            raise ValueError(f"{str(filepath)!r} is of a trainer built otherwise: for one, {differ[0]} differs")
+        if state["trunk"] != self._trunk:
+            raise ValueError(f"{str(filepath)!r} holds adapters to other frozen weights: give the palm it started from")
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"{str(filepath)!r} is of a trainer with another optimiser: {error}") from None
+        parts = self._parts()
+        weights = parts.state_dict()  # knows that ours wrote it, which a bare dict does not
+        weights.update(saved)
+        parts.load_state_dict(weights)
+        for name in PROGRESS:
+            setattr(self, name, state["progress"][name])
+        if state["prompts"]["count"] == len(self.prompts):  # other prompts start in an order of their own
+            self.prompts.queue = state["prompts"]["queue"]
+        self.order.set_state(state["order"])
+        if state["random"]["device"] == self.device.type:  # another kind of device draws other numbers anyway
+            self.generator.set_state(state["random"]["generator"])
+            set_random_state(state["random"])
         self.metrics.restore(state["history"])
         return self
 
-    def _trained_state(self) -> dict[str, Tensor]:
-        """What training changes; with LoRA the frozen trunk is not written again."""
-        learner = self.accelerate.unwrap_model(self.learner)
-        changes = {name for name, p in learner.named_parameters(remove_duplicate=False) if p.requires_grad}
-        return {name: t for name, t in learner.state_dict().items() if name in changes}
+    def _parts(self) -> nn.ModuleDict:
+        """Policy and algorithm; and the frozen reference, where the policy is trained as a whole."""
+        parts = {"learner": self.accelerate.unwrap_model(self.learner)}
+        if self.actor_critic.actor_lora_scope is None:
+            parts["reference"] = self.actor_critic.reference_palm
+        return nn.ModuleDict(parts)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes; with the reference also all that is frozen. A trunk under adapters is not written."""
+        parts = self._parts()
+        if "reference" in parts:
+            return parts.state_dict()
+        trained = {name for name, p in parts.named_parameters(remove_duplicate=False) if p.requires_grad}
+        kept = ("learner.algorithm.", *trained)
+        return {name: t for name, t in parts.state_dict().items() if name.startswith(kept)}
+
+    @cached_property
+    def _trunk(self) -> str:
+        """A hash of the frozen weights that a checkpoint leaves out."""
+        written = self._weights()
+        return fingerprint(p for name, p in self._parts().named_parameters() if name not in written)
+
+
+def mean_of(rows: Sequence[Metrics]) -> Metrics:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def describe(experience: Experience) -> Metrics:
-    """What the rollouts were like, before learning."""
-    lengths = experience.lengths.float()
-    return {
+    """What a batch was like, before learning from it."""
+    lengths, mask = experience.lengths.float(), experience.response_mask
+    numbers = {
         "reward": float(experience.scores.mean()),
         "reward_std": float(experience.scores.std(correction=0)),
         "kl": float(experience.kl.mean()),
         "response_length": float(lengths.mean()),
         "finished": float(experience.finished.float().mean()),
     }
+    if experience.values is not None and experience.returns is not None:
+        returns, error = experience.returns[mask], (experience.returns - experience.values)[mask]
+        variance = float(returns.var(correction=0))
+        # how much of the returns the critic foresaw: 1 all, 0 nothing; 0 too where there is nothing to foresee
+        numbers["explained_variance"] = 1 - float(error.var(correction=0)) / variance if variance > 1e-8 else 0.0
+    return numbers

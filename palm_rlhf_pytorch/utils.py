@@ -55,8 +55,10 @@ def nucleus(logits: Tensor, mass: float) -> Tensor:
 
     Nucleus sampling, Holtzman et al., 1904.09751, eq. 2. The likeliest token always stays.
     """
+    if mass >= 1:  # all stay, also where the sum is rounded above 1
+        return logits
     ordered, indices = logits.sort(dim=-1, descending=True)
-    mass_before = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+    mass_before = ordered.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1).roll(1, dims=-1)
     mass_before[..., 0] = 0.0
     ordered = ordered.masked_fill(mass_before > mass, -torch.inf)
     return torch.full_like(logits, -torch.inf).scatter(-1, indices, ordered)

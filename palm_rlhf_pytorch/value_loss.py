@@ -31,32 +31,42 @@ class ClippedRegression:
 class HLGauss:
     """Cross-entropy against a Gaussian around the target, cut into bins (Farebrother et al., 2403.03950, eq. 3.4).
 
-    Returns beyond [min_value, max_value] are learned as its ends, so choose a range that holds them.
+    The first and last bin are worth min_value and max_value, so that both can be predicted; returns beyond are learned
+    as these ends, so choose a range that holds them. sigma is the Gaussian's width, by default in widths of a bin.
     """
 
     num_bins: int
     min_value: float = 0.0
     max_value: float = 5.0
-    sigma: float | None = None  # None: 0.75 of a bin's width, the paper's choice
+    sigma: float | None = None
+    sigma_to_bin_ratio: float = 0.75  # the paper's choice
+    min_max_value_on_bin_center: bool = True  # the reference's names of what happens here anyway
+    clamp_to_range: bool = True
 
     def __post_init__(self):
+        if self.num_bins < 2:
+            raise ValueError(f"a histogram needs 2 bins or more, got {self.num_bins}")
         if not self.min_value < self.max_value:
             raise ValueError(f"the value range needs min < max, got [{self.min_value}, {self.max_value}]")
+        if not (self.min_max_value_on_bin_center and self.clamp_to_range):
+            raise ValueError("min_max_value_on_bin_center and clamp_to_range can only be True, as in the reference")
 
-    def edges(self, like: Tensor) -> Tensor:
-        return torch.linspace(self.min_value, self.max_value, self.num_bins + 1, device=like.device)
+    @property
+    def width(self) -> float:
+        return (self.max_value - self.min_value) / (self.num_bins - 1)
 
     def decode(self, logits: Tensor) -> Tensor:
         """Bin logits (..., bins) -> expected value (...,)."""
-        edges = self.edges(logits)
-        return logits.float().softmax(dim=-1) @ ((edges[1:] + edges[:-1]) / 2)
+        centres = torch.linspace(self.min_value, self.max_value, self.num_bins, device=logits.device)
+        return logits.float().softmax(dim=-1) @ centres
 
     def probabilities(self, target: Tensor) -> Tensor:
         """Target (...,) -> the mass of each bin (..., bins)."""
-        width = (self.max_value - self.min_value) / self.num_bins
-        sigma = 0.75 * width if self.sigma is None else self.sigma
+        half, bins = self.width / 2, self.num_bins
+        edges = torch.linspace(self.min_value - half, self.max_value + half, bins + 1, device=target.device)
+        sigma = self.sigma_to_bin_ratio * self.width if self.sigma is None else self.sigma
         target = target.clamp(self.min_value, self.max_value)
-        below = torch.erf((self.edges(target) - target[..., None]) / (sigma * 2**0.5))
+        below = torch.erf((edges - target[..., None]) / (sigma * 2**0.5))
         return (below[..., 1:] - below[..., :-1]) / (below[..., -1:] - below[..., :1])
 
     def __call__(self, logits: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:

@@ -1,0 +1,120 @@
+"""palm-rlhf generate: one completion, or a conversation line by line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from palm_rlhf_pytorch.devices import choose_device
+from palm_rlhf_pytorch.evaluation import prompt_batch
+from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.generation import repeat_prompts
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.reward import RewardModel
+from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What to complete, and how"""
+
+    model: str = required("directory of a pretrain or ppo run")
+    prompt: str | None = option(None, "text to complete; without it each line typed is one (empty line or Ctrl-D ends)")
+    reward: str | None = option(None, "directory of a reward run: the best of --num-samples is shown, with its score")
+    num_samples: int = option(1, "completions to draw")
+    max_new_tokens: int = option(200, "tokens of a completion at most")
+    temperature: float = option(1.0, "0 takes the likeliest token")
+    top_k: int | None = option(None, "draw from that many of the likeliest tokens")
+    top_p: float | None = option(None, "draw from the likeliest tokens of that probability together")
+    seed: int | None = option(None, "seed (default: different every time)")
+    device: str = option("auto", "cpu, cuda, or auto")
+
+
+def pieces(palm: PaLM, tokenizer: Tokenizer, prompt: str, options: GenerateOptions) -> Iterator[str]:
+    """The completion's text as it comes; characters of several tokens are held back until they are whole."""
+    ids, lengths = prompt_batch(tokenizer, [prompt], palm.device)
+    drawn: list[int] = []
+    shown = 0
+    for token in palm.stream(
+        int(lengths) + options.max_new_tokens,
+        ids,
+        eos_token=tokenizer.eos_id,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    ):
+        drawn.append(int(token))
+        text = tokenizer.decode(drawn)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(drawn)[shown:]
+
+
+def ranked(
+    palm: PaLM, reward_model: RewardModel | None, tokenizer: Tokenizer, prompt: str, options: GenerateOptions
+) -> list[tuple[float | None, str]]:
+    """`num_samples` completions with their scores, the best first where there is a reward model."""
+    ids, lengths = repeat_prompts(*prompt_batch(tokenizer, [prompt], palm.device), options.num_samples)
+    out = palm.generate(
+        int(lengths[0]) + options.max_new_tokens,
+        ids,
+        options.temperature,
+        filter_logits_fn=None,
+        pad_value=tokenizer.pad_id,
+        eos_token=tokenizer.eos_id,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        return_log_probs=True,
+    )
+    texts = [tokenizer.decode(row[mask]) for row, mask in zip(out.sequence, out.response_mask, strict=True)]
+    if reward_model is None:
+        return [(None, text) for text in texts]
+    scores = reward_model.score(out.sequence, out.prompt_mask, out.mask).tolist()
+    return sorted(zip(scores, texts, strict=True), reverse=True)
+
+
+def run(options: GenerateOptions) -> None:
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples must be 1 or more, got {options.num_samples}")
+    device = choose_device(options.device)
+    source = RunDirectory(options.model)
+    palm, tokenizer = source.palm().to(device), source.tokenizer()
+    reward_model = None if options.reward is None else RunDirectory(options.reward).reward_model().to(device)
+
+    def answer(prompt: str) -> None:
+        if reward_model is None and options.num_samples == 1:
+            print(prompt, end="", flush=True)
+            for piece in pieces(palm, tokenizer, prompt, options):
+                print(piece, end="", flush=True)
+            print()
+            return
+        answers = ranked(palm, reward_model, tokenizer, prompt, options)
+        for score, text in answers[:1] if reward_model is not None else answers:
+            print(f"{prompt}{text}" if score is None else f"[{score:.3f}] {prompt}{text}")
+
+    if options.prompt is not None:
+        answer(options.prompt)
+        return
+    for line in typed_lines():
+        answer(line)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from the terminal (or a pipe) until an empty one or the end."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+OPTIONS = (GenerateOptions,)

@@ -1,0 +1,77 @@
+"""palm-rlhf reward: ratings or choices in, a reward model out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from palm_rlhf_pytorch.cli.common import RunOptions
+from palm_rlhf_pytorch.data import Rating, first_words, read_pairs, read_ratings, split_holdout
+from palm_rlhf_pytorch.devices import accelerator_on
+from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.rating import (
+    RatingOptions,
+    Scale,
+    new_reward_model,
+    train_on_pairs,
+    train_on_ratings,
+)
+from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.supervised import FitOptions
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What to learn, and from what model"""
+
+    data: str = required("ratings {prompt, response, rating} or {text, rating}; or pairs {prompt, chosen, rejected}")
+    model: str = required("directory of a pretrained run")
+    out: str = option("runs/reward", "directory of the run")
+    pairs: bool = option(False, "the data are choices between two responses (Bradley-Terry)")
+    held_out: float = option(0.1, "share of the data kept for evaluation")
+    prompt_words: int = option(0, "how many first words of a {text} are its prompt")
+    lora: bool = option(True, "train adapters only, not the whole model")
+    lora_r: int = option(8, "rank of the adapters")
+    dropout: float = option(0.1, "dropout while training")
+    encoder: bool = option(False, "let the reward model see the future (a causal=False copy)")
+
+
+def opened(rating: Rating, words: int) -> Rating:
+    """A text rated as a whole, divided into its first words and the rest."""
+    if rating.prompt or words == 0:
+        return rating
+    prompt, response = first_words(rating.response, words)
+    return Rating(prompt, response, rating.rating)
+
+
+def run(options: RewardOptions, ratings: RatingOptions, fit: FitOptions, where: RunOptions) -> Path:
+    device = where.start(ratings.seed)
+    source, directory = RunDirectory(options.model), RunDirectory(options.out)
+    tokenizer, palm = source.tokenizer(), source.palm().to(device)
+    items = read_pairs(options.data) if options.pairs else read_ratings(options.data)
+    train, held_out = split_holdout(items, options.held_out, ratings.seed) if options.held_out else (items, [])
+    scale = None
+    if not options.pairs:
+        if ratings.bins:
+            scale = Scale.of([r.rating for r in train], ratings.bins, ratings.edges)
+        train, held_out = ([opened(r, options.prompt_words) for r in part] for part in (train, held_out))
+    log = directory.start("reward", where.resume, options=options, ratings=ratings, fit=fit)
+    tokenizer.save(directory.path)
+    model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder)
+    if scale is not None:
+        worth = ", ".join(f"{value:.3g}" for value in scale.values)
+        print(f"bins divided at {', '.join(f'{e:.3g}' for e in scale.edges)} are worth {worth}")
+    keywords = dict(log=log, checkpoint=directory.state, resume=where.resume, accelerator=accelerator_on(device))
+    if options.pairs:
+        history = train_on_pairs(model, train, held_out, tokenizer, ratings, fit, **keywords)
+    else:
+        history = train_on_ratings(model, train, held_out, tokenizer, scale, ratings, fit, **keywords)
+    model.save(directory.reward_weights)
+    for name, value in history[-1].items():
+        if name.startswith("held_out"):
+            print(f"{name}: {value:.3f}")
+    directory.finish(log, "reward")
+    return directory.path
+
+
+OPTIONS = (RewardOptions, RatingOptions, FitOptions, RunOptions)

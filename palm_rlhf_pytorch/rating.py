@@ -1,0 +1,224 @@
+"""Training a reward model on people's ratings or choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.batches import bucketed_rows, encode_response, pad_sequences
+from palm_rlhf_pytorch.data import Pair, Rating, bin_ratings, quantile_edges, rounding_edges
+from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.ops import lengths_to_mask
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.reward import RewardModel
+from palm_rlhf_pytorch.supervised import FitOptions, fit
+from palm_rlhf_pytorch.tokenizer import Tokenizer
+
+Batch = tuple[Tensor, Tensor, Tensor]  # ids (b, n), mask (b, n), prompt_mask (b, n)
+
+
+@dataclass(frozen=True)
+class RatingOptions:
+    """How ratings are learned from."""
+
+    bins: int = option(5, "classes of ratings; 0 predicts a scalar with mean squared error")
+    edges: tuple[float, ...] = option((), "edges between bins (default: between whole ratings, or quantiles)")
+    max_len: int = option(512, "tokens of prompt and response together")
+    batch_size: int = option(32, "sequences (or pairs) of a batch")
+    token_dropout: float = option(0.0, "share of input tokens replaced by random ones while training")
+    seed: int = option(0, "seed of head, split and batches")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Bins of ratings: edges between them, and the mean training rating in each, which is what it is worth."""
+
+    edges: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ratings: Sequence[float], bins: int, edges: Sequence[float] = ()) -> Scale:
+        """Given edges; or those between whole ratings, where there are no more than `bins` of them; or quantiles."""
+        low, high = min(ratings), max(ratings)
+        whole = all(float(r).is_integer() for r in ratings)
+        if not edges:
+            between_whole = whole and 1 < high - low + 1 <= bins
+            edges = rounding_edges(int(low), int(high)) if between_whole else quantile_edges(ratings, bins)
+        labels = torch.tensor(bin_ratings(ratings, edges))
+        values = []
+        for i in range(len(edges) + 1):
+            inside = torch.tensor(ratings, dtype=torch.float64)[labels == i]
+            if inside.numel() == 0:
+                raise ValueError(f"no rating falls into bin {i} of edges {list(edges)}; choose other edges")
+            values.append(float(inside.mean()))
+        return cls(tuple(edges), tuple(values))
+
+    def labels(self, ratings: Sequence[float]) -> list[int]:
+        return bin_ratings(ratings, self.edges)
+
+
+def encode_ratings(ratings: Sequence[Rating], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
+    """Ids and prompt length of each rated response."""
+    return [encode_response(tokenizer, r.prompt, r.response, max_len) for r in ratings]
+
+
+def collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> Batch:
+    ids, mask = pad_sequences([ids for ids, _ in rows], pad_id)
+    lengths = torch.tensor([length for _, length in rows])
+    return ids, mask, lengths_to_mask(lengths, ids.shape[1])
+
+
+def scramble(ids: Tensor, mask: Tensor, share: float, num_tokens: int, keep: int = 3) -> Tensor:
+    """Replace a share of the real tokens by random ones (ids below `keep` are special and left alone)."""
+    if share == 0:
+        return ids
+    chosen = (torch.rand(ids.shape, device=ids.device) < share) & mask & (ids >= keep)
+    return torch.where(chosen, torch.randint_like(ids, keep, num_tokens), ids)
+
+
+def rating_loss(model: RewardModel, batch: tuple[Batch, Tensor], token_dropout: float = 0.0) -> Tensor:
+    """Cross-entropy or squared error of the responses' pooled embeddings, as `RewardModel.score` pools them."""
+    (ids, mask, prompt_mask), labels = batch
+    ids = scramble(ids, mask, token_dropout, model.palm.num_tokens)
+    pred = model.predict(ids.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
+    return model.loss(pred, labels)
+
+
+def pair_loss(model: RewardModel, batch: tuple[Batch, Batch, Tensor], token_dropout: float = 0.0) -> Tensor:
+    """Bradley-Terry loss of (chosen, rejected, margin)."""
+    chosen, rejected, margin = batch
+    sides = []
+    for ids, mask, prompt_mask in (chosen, rejected):
+        sides.append((scramble(ids, mask, token_dropout, model.palm.num_tokens), prompt_mask, mask))
+    return model.pair_loss(*sides, margin)
+
+
+def score_all(model: RewardModel, rows: Sequence[tuple[list[int], int]], pad_id: int, batch_size: int = 64) -> Tensor:
+    """`RewardModel.score` of encoded responses, in batches of similar length -> (len(rows),) on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    scores = torch.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        ids, mask, prompt_mask = (t.to(model.palm.device) for t in collate([rows[i] for i in some], pad_id))
+        scores[some] = model.score(ids, prompt_mask, mask).cpu()
+    return scores
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks (n,) from 0, ties sharing their mean."""
+    _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts + 1) / 2)[inverse]
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of (n,) and (n,)."""
+    return float(torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1])
+
+
+def train_on_ratings(
+    model: RewardModel,
+    train: Sequence[Rating],
+    held_out: Sequence[Rating],
+    tokenizer: Tokenizer,
+    scale: Scale | None,
+    options: RatingOptions,
+    fit_options: FitOptions,
+    **fit_keywords: Any,
+) -> list[dict[str, float]]:
+    """Fit a reward model to ratings; `scale` is the one its bins were made with, None for a scalar."""
+    rows = encode_ratings(train, tokenizer, options.max_len)
+    ratings = [r.rating for r in train]
+    labels = torch.tensor(ratings if scale is None else scale.labels(ratings))
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def batches() -> Iterator[tuple[Batch, Tensor]]:
+        for some in bucketed_rows([len(ids) for ids, _ in rows], options.batch_size, generator):
+            yield collate([rows[i] for i in some], tokenizer.pad_id), labels[some]
+
+    held_rows = encode_ratings(held_out, tokenizer, options.max_len)
+    held_ratings = torch.tensor([r.rating for r in held_out])
+
+    def evaluate() -> dict[str, float]:
+        scores = score_all(model, held_rows, tokenizer.pad_id)
+        numbers = {
+            "held_out_spearman": spearman(scores, held_ratings),
+            "held_out_rmse": float((scores - held_ratings).square().mean().sqrt()),
+        }
+        if scale is not None:
+            truth, guess = (torch.tensor(scale.labels(t.tolist())) for t in (held_ratings, scores))
+            numbers["held_out_accuracy"] = float((truth == guess).float().mean())
+        return numbers
+
+    return fit(
+        model,
+        lambda m, batch: rating_loss(m, batch, options.token_dropout),
+        batches(),
+        fit_options,
+        parameters=model.finetune_parameters(),
+        evaluate=evaluate if held_rows else None,
+        description="reward model",
+        **fit_keywords,
+    )
+
+
+def train_on_pairs(
+    model: RewardModel,
+    train: Sequence[Pair],
+    held_out: Sequence[Pair],
+    tokenizer: Tokenizer,
+    options: RatingOptions,
+    fit_options: FitOptions,
+    **fit_keywords: Any,
+) -> list[dict[str, float]]:
+    """Fit a reward model to choices between two responses."""
+
+    def encode(pairs: Sequence[Pair]) -> tuple[list, list]:
+        return tuple(
+            [encode_response(tokenizer, pair.prompt, side(pair), options.max_len) for pair in pairs]
+            for side in (lambda pair: pair.chosen, lambda pair: pair.rejected)
+        )
+
+    chosen, rejected = encode(train)
+    margins = torch.tensor([pair.margin or 0.0 for pair in train])
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def batches() -> Iterator[tuple[Batch, Batch, Tensor]]:
+        lengths = [max(len(c), len(r)) for (c, _), (r, _) in zip(chosen, rejected, strict=True)]
+        for some in bucketed_rows(lengths, options.batch_size, generator):
+            sides = (collate([side[i] for i in some], tokenizer.pad_id) for side in (chosen, rejected))
+            yield (*sides, margins[some])
+
+    held_chosen, held_rejected = encode(held_out)
+
+    def evaluate() -> dict[str, float]:
+        gap = score_all(model, held_chosen, tokenizer.pad_id) - score_all(model, held_rejected, tokenizer.pad_id)
+        return {"held_out_accuracy": float((gap > 0).float().mean()), "held_out_gap": float(gap.mean())}
+
+    return fit(
+        model,
+        lambda m, batch: pair_loss(m, batch, options.token_dropout),
+        batches(),
+        fit_options,
+        parameters=model.finetune_parameters(),
+        evaluate=evaluate if held_out else None,
+        description="reward model",
+        **fit_keywords,
+    )
+
+
+def new_reward_model(
+    palm: PaLM, scale: Scale | None, dropout: float, lora: bool, lora_r: int, causal: bool = True
+) -> RewardModel:
+    """A reward model on a language model's weights; `causal=False` makes an encoder of them."""
+    if not causal:
+        encoder = PaLM(**{**palm.config, "causal": False, "use_xpos": palm.rotary_emb.use_xpos})
+        encoder.load_state_dict(palm.state_dict())
+        palm = encoder
+    values = None if scale is None else list(scale.values)
+    bins = 0 if scale is None else len(scale.values)
+    return RewardModel(palm, dropout, bins, use_lora=lora, lora_r=lora_r, bin_values=values)

@@ -1,0 +1,103 @@
+"""One directory a run: what was asked for, the tokenizer, weights, metrics and curves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from palm_rlhf_pytorch.extras import require
+from palm_rlhf_pytorch.files import write_json
+from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.plots import plot_curves
+from palm_rlhf_pytorch.reward import RewardModel
+from palm_rlhf_pytorch.tokenizer import Tokenizer, load_tokenizer
+from palm_rlhf_pytorch.version import __version__
+
+
+def fresh_directory(path: str | Path) -> Path:
+    """`path`, or where that is taken, the first of path-2, path-3, ... that is not."""
+    path, count = Path(path), 1
+    fresh = path
+    while fresh.exists():
+        count += 1
+        fresh = path.with_name(f"{path.name}-{count}")
+    return fresh
+
+
+class RunDirectory:
+    """config.json, tokenizer.json, model.safetensors or reward.safetensors, metrics.jsonl, curves.png, state.pt."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def weights(self) -> Path:
+        return self / "model.safetensors"
+
+    @property
+    def reward_weights(self) -> Path:
+        return self / "reward.safetensors"
+
+    @property
+    def state(self) -> Path:
+        return self / "state.pt"
+
+    def start(self, command: str, resume: bool, **options: Any) -> MetricsLog:
+        """Write config.json and open the metrics. A run that is there already is only gone on with on request."""
+        config = {
+            "command": command,
+            "version": __version__,
+            **{name: dataclasses.asdict(value) for name, value in options.items()},
+        }
+        there = self / "config.json"
+        if there.is_file() and not resume:
+            raise FileExistsError(f"{str(self.path)!r} already holds a run: add --resume, or choose another --out")
+        if resume and not there.is_file():
+            raise FileNotFoundError(f"there is no run in {str(self.path)!r} to resume")
+        if resume:
+            self._say_changes(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(there, config)
+        return MetricsLog(self / "metrics.jsonl")
+
+    def _say_changes(self, config: dict[str, Any]) -> None:
+        before = self.config()
+        for group, options in config.items():
+            for name, value in options.items() if isinstance(options, dict) else ():
+                old = before.get(group, {}).get(name)
+                if old != json.loads(json.dumps(value)):
+                    print(f"resuming with --{name.replace('_', '-')} {value} (was {old})")
+
+    def config(self) -> dict[str, Any]:
+        return json.loads((self / "config.json").read_text(encoding="utf-8"))
+
+    def tokenizer(self) -> Tokenizer:
+        self._need(self / "config.json", "a run")
+        return load_tokenizer(self.path)
+
+    def palm(self) -> PaLM:
+        self._need(self.weights, "a language model (from pretrain or ppo)")
+        return PaLM.from_checkpoint(self.weights).eval()
+
+    def reward_model(self) -> RewardModel:
+        self._need(self.reward_weights, "a reward model (from reward)")
+        return RewardModel.from_checkpoint(self.reward_weights).eval()
+
+    def _need(self, path: Path, what: str) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{str(self.path)!r} does not hold {what}: {path.name} is missing")
+
+    def finish(self, log: MetricsLog, title: str, columns: tuple[str, ...] = ()) -> None:
+        """Draw the curves where matplotlib is there, and say where everything lies."""
+        try:
+            require("matplotlib", "plot")
+            plot_curves(log.history, self / "curves.png", title, columns)
+        except ImportError:
+            print('no curves.png was drawn: it needs matplotlib (pip install "palm-rlhf-pytorch[plot]")')
+        print(f"{title}: everything is in {self.path}/")

@@ -1,0 +1,153 @@
+"""The one supervised training loop: pretraining and reward models differ only in their batches and loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.state import load_state, save_state
+
+KIND = "supervised"
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a model is fitted. The learning rate warms up, then falls along a cosine to a tenth."""
+
+    steps: int = option(1000, "optimiser steps")
+    lr: float = option(1e-3, "highest learning rate")
+    warmup: int = option(50, "steps until the learning rate is reached")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
+    max_norm: float = option(1.0, "gradient norm to clip at")
+    log_every: int = option(10, "steps between lines in metrics.jsonl")
+    eval_every: int = option(200, "steps between evaluations on what is held out")
+    save_every: int = option(500, "steps between checkpoints to resume from")
+
+
+class LossModule(nn.Module):
+    """A model and what makes a loss of its batches, behind one forward for accelerate to wrap."""
+
+    def __init__(self, model: nn.Module, loss_of: Callable[[Any, Any], Tensor]):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss_of(self.model, batch)
+
+
+def learning_rate(step: int, options: FitOptions) -> float:
+    """The rate of a step, counted from 0."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, gains and biases do not."""
+    trained = [p for p in parameters if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[Any, Any], Tensor],
+    batches: Iterator[Any],
+    options: FitOptions,
+    *,
+    parameters: list[nn.Parameter] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    log: MetricsLog | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+    description: str = "training",
+) -> list[dict[str, float]]:
+    """Minimise loss_of(model, batch) over `batches`, and return the history of metrics.
+
+    batches must come in the same order when made again: a resumed run passes over those already seen and takes the
+    same next step. Batches are tensors, or tuples of them, and are moved to the accelerator's device.
+    """
+    accelerator = accelerator or Accelerator()
+    log = log or MetricsLog()
+    module = LossModule(model, loss_of).to(accelerator.device)
+    groups = decayed_groups(list(model.parameters()) if parameters is None else parameters, options.weight_decay)
+    module, optimizer = accelerator.prepare(module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95)))
+    start = 0
+    if resume and checkpoint is not None and Path(checkpoint).is_file():
+        start = _restore(load_state(checkpoint, KIND), model, optimizer, log)
+        batches = islice(batches, start, None)
+
+    bar = tqdm(
+        total=options.steps,
+        initial=start,
+        desc=description,
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    clock, shown = time.perf_counter(), {}
+    for step in range(start, options.steps):
+        module.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        loss = module(to_device(next(batches), accelerator.device))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(module.parameters(), options.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done, row = step + 1, {}
+        if done % options.log_every == 0 or done == options.steps:
+            now = time.perf_counter()
+            rate = options.log_every / (now - clock)
+            row = {"loss": loss.item(), "lr": learning_rate(step, options), "steps_per_second": rate}
+            clock = now
+        if evaluate is not None and (done % options.eval_every == 0 or done == options.steps):
+            module.eval()
+            row.update(evaluate())
+        if row:
+            log.append({"step": done, **row})
+            shown.update({k: f"{v:.3g}" for k, v in row.items() if k not in ("lr", "steps_per_second")})
+            bar.set_postfix(shown, refresh=False)
+        bar.update()
+        if checkpoint is not None and (done % options.save_every == 0 or done == options.steps):
+            _save(checkpoint, done, model, optimizer, log)
+    bar.close()
+    model.eval()
+    return log.history
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, None, or a tuple of such, moved."""
+    if isinstance(batch, tuple):
+        return tuple(to_device(part, device) for part in batch)
+    return batch if batch is None else batch.to(device)
+
+
+def _save(path: str | Path, step: int, model: nn.Module, optimizer: Any, log: MetricsLog) -> None:
+    state = {"kind": KIND, "step": step, "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_state(path, {**state, "random": torch.get_rng_state(), "history": log.history})
+
+
+def _restore(state: dict[str, Any], model: nn.Module, optimizer: Any, log: MetricsLog) -> int:
+    model.load_state_dict(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    log.restore(state["history"])
+    return state["step"]

@@ -1,0 +1,30 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.palm import PaLM
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make(**keywords) -> PaLM:
+    """A tiny PaLM in eval mode, with weights far enough from their start that every one of them matters."""
+    model = PaLM(**{**dict(dim=24, num_tokens=17, depth=2, dim_head=8, heads=4), **keywords})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith(".B"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif name == "token_emb.weight":
+                parameter.normal_(std=0.4)
+            elif name.endswith("weight"):
+                parameter.mul_(3)
+    return model.eval()
+
+
+@pytest.fixture
+def make_palm() -> Callable[..., PaLM]:
+    return make

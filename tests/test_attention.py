@@ -1,0 +1,111 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palm_rlhf_pytorch.attention import Attention, causal_key_mask
+
+
+def plain(q, k, v, causal, key_mask=None):
+    """The formula, with every key repeated for the heads that share it."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if causal:
+        visible = visible.tril()
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    return torch.einsum("bhij,bhjd->bhid", scores.masked_fill(~visible, -torch.inf).softmax(dim=-1), v)
+
+
+def qkv(kv_heads, n=7, heads=4, d=8):
+    return torch.randn(2, heads, n, d), torch.randn(2, kv_heads, n, d), torch.randn(2, kv_heads, n, d)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("n", [7, 1])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_is_the_formula_with_and_without_padding(kv_heads, causal, n, flash):
+    q, k, v = qkv(kv_heads, n)
+    attend = Attention(causal=causal, use_flash_attn=flash)
+    torch.testing.assert_close(attend(q, k, v), plain(q, k, v, causal))
+    mask = torch.arange(n) < torch.tensor([[n], [max(1, n - 3)]])
+    real = mask[:, None, :, None]  # what a padded query sees is nobody's business
+    expected = plain(q, k, v, causal, mask) * real
+    torch.testing.assert_close(attend(q, k, v, mask=mask) * real, expected)
+    if kv_heads == 1:  # the reference's shape of the one shared head
+        torch.testing.assert_close(attend(q, k[:, 0], v[:, 0], mask=mask) * real, expected)
+
+
+def test_gradients_are_the_formulas():
+    for kv_heads in (1, 2):
+        inputs = [t.requires_grad_() for t in qkv(kv_heads)]
+        weights = torch.randn(2, 4, 7, 8)
+        ours = torch.autograd.grad((Attention(causal=True)(*inputs) * weights).sum(), inputs)
+        theirs = torch.autograd.grad((plain(*inputs, True) * weights).sum(), inputs)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_left_padding_is_invisible_and_nothing_turns_into_nan(kv_heads):
+    q, k, v = qkv(kv_heads)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7]).bool()
+    out = Attention(causal=True)(q, k, v, mask=mask)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, :, 3:], plain(q, k, v, True, mask)[0, :, 3:])
+    alone = Attention(causal=True)(q[:1, :, 3:], k[:1, :, 3:], v[:1, :, 3:])
+    torch.testing.assert_close(out[:1, :, 3:], alone)
+
+
+def test_causal_key_mask_by_hand():
+    mask = causal_key_mask(torch.tensor([[False, True, True]]))
+    assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
+
+
+def test_a_whole_mask_replaces_causality():
+    q, k, v = qkv(2)
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    torch.testing.assert_close(Attention(causal=True)(q, k, v, mask=mask), plain(q, k, v, False))
+
+
+def test_a_row_of_padding_alone_is_finite():
+    q, k, v = qkv(1)
+    assert Attention()(q, k, v, mask=torch.zeros(2, 7, dtype=torch.bool)).isfinite().all()
+
+
+@pytest.mark.parametrize("n", [7, 1])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_keys_are_never_expanded_in_memory(monkeypatch, kv_heads, n):
+    seen = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **keywords):
+        seen.append((k, v))
+        return attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = qkv(kv_heads)
+    Attention()(q[:, :, :n], k, v)
+    for given, passed in zip((k, v), seen[0], strict=True):
+        assert passed.data_ptr() == given.data_ptr()
+        assert passed.untyped_storage().nbytes() == 2 * kv_heads * 7 * 8 * 4
+
+
+@pytest.mark.parametrize("n", [7, 1])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_in_training_alone(flash, causal, n):
+    q, k, v = qkv(1, n)
+    mask = torch.ones(2, n, dtype=torch.bool)
+    attend = Attention(dropout=1.0, causal=causal, use_flash_attn=flash)
+    for inputs in ((q, k, v), (q, k, v, mask)):
+        assert (attend.train()(*inputs) == 0).all()
+        torch.testing.assert_close(attend.eval()(*inputs), plain(q, k, v, causal))
+
+
+def test_dropout_keeps_the_expected_value():
+    q, k, v = qkv(1)
+    attend = Attention(dropout=0.5).train()
+    mean = torch.stack([attend(q, k, v) for _ in range(3000)]).mean(dim=0)
+    torch.testing.assert_close(mean, plain(q, k, v, False), atol=0.1, rtol=0)

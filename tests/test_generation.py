@@ -1,0 +1,394 @@
+import itertools
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch.lora import LoRA
+from palm_rlhf_pytorch.utils import top_k, top_p
+
+RAGGED = torch.tensor([[3, 5, 7, 1, 9], [4, 2, 0, 0, 0], [8, 8, 6, 11, 0]])
+LENGTHS = torch.tensor([5, 2, 4])
+
+
+@torch.no_grad()
+def greedy(model, prompt: list[int], max_len: int, eos: tuple[int, ...] = (), **keywords) -> list[int]:
+    """The response, the plain way: the whole sequence through the model for every token, one row at a time."""
+    sequence = list(prompt)
+    while len(sequence) < max(max_len, len(prompt) + 1):
+        sequence.append(int(model(torch.tensor([sequence]), **keywords)[0, -1].argmax()))
+        if sequence[-1] in eos:
+            break
+    return sequence[len(prompt) :]
+
+
+def ragged_prompts() -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(RAGGED, LENGTHS, strict=True)]
+
+
+def padded(rows: list[list[int]], pad: int) -> list[list[int]]:
+    longest = max(map(len, rows))
+    return [row + [pad] * (longest - len(row)) for row in rows]
+
+
+# shapes and lengths
+
+
+@pytest.mark.parametrize("seq_len, drawn", [(9, 4), (6, 1), (5, 1), (2, 1), (0, 1)])
+def test_seq_len_counts_the_prompt_and_one_token_at_least_is_drawn(make_palm, seq_len, drawn):
+    model, prompt = make_palm(), torch.randint(0, 17, (2, 5))
+    assert model.generate(seq_len, prompt).shape == (2, drawn)
+    whole = model.generate(seq_len, prompt, return_seq_without_prompt=False)
+    assert whole.shape == (2, 5 + drawn) and torch.equal(whole[:, :5], prompt)
+
+
+def test_prompts_of_any_shape(make_palm):
+    model = make_palm()
+    prompt = torch.randint(0, 17, (2, 3, 5))
+    out = model.generate(9, prompt, temperature=0.0)
+    assert out.shape == (2, 3, 4)
+    one = model.generate(9, prompt[1, 2], temperature=0.0)
+    assert one.shape == (4,) and torch.equal(one, out[1, 2])
+    ragged = model.generate(9, prompt, temperature=0.0, prompt_lengths=torch.tensor([[5, 5, 5], [5, 5, 3]]))
+    assert torch.equal(ragged[0, :, :4], out[0])
+    assert ragged[1, 2].tolist() == greedy(model, prompt[1, 2, :3].tolist(), 9)
+
+
+def test_without_a_prompt_a_random_token_starts_and_is_returned(make_palm):
+    model = make_palm()
+    out = model.generate(12)
+    assert out.shape == (1, 12)
+    assert len({model.generate(2, seed=seed)[0, 0].item() for seed in range(30)}) > 5
+    assert out[0, 1:].ge(0).all() and out.lt(17).all()
+
+
+# greedy, ragged, EOS
+
+
+@pytest.mark.parametrize(
+    "keywords", [{}, {"use_xpos": False}, {"kv_heads": 2}, {"qk_rmsnorm": True}, {"rotary_xpos_scale_base": 4}]
+)
+def test_ragged_greedy_is_each_row_alone(make_palm, keywords):
+    model = make_palm(**keywords)
+    expected = [greedy(model, prompt, 20) for prompt in ragged_prompts()]
+    assert len({token for row in expected for token in row}) > 4  # not one token for ever
+    out = model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, pad_value=16)
+    assert out.tolist() == padded(expected, 16)
+    garbage = torch.where(torch.arange(5) < LENGTHS[:, None], RAGGED, -7)  # nobody reads what is behind a prompt
+    assert torch.equal(model.generate(20, garbage, temperature=0.0, prompt_lengths=LENGTHS, pad_value=16), out)
+    whole = model.generate(
+        20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, pad_value=16, return_seq_without_prompt=False
+    )
+    assert whole.tolist() == padded([p + r for p, r in zip(ragged_prompts(), expected, strict=True)], 16)
+
+
+def test_rows_end_with_their_eos_and_padding_follows(make_palm):
+    model = make_palm()
+    free = [greedy(model, prompt, 20) for prompt in ragged_prompts()]
+    for eos in itertools.chain({t for row in free for t in row}, [(free[0][2], free[1][4])]):
+        several = eos if isinstance(eos, tuple) else (eos,)
+        expected = [greedy(model, prompt, 20, several) for prompt in ragged_prompts()]
+        out = model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=eos, pad_value=15)
+        assert out.tolist() == padded(expected, 15)
+    tensor = torch.tensor(several)
+    assert torch.equal(
+        model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=tensor, pad_value=15), out
+    )
+
+
+def test_eos_in_the_prompt_ends_nothing_and_stays_out_of_the_response_mask(make_palm):
+    model = make_palm()
+    eos = 8  # twice in the third prompt
+    expected = [greedy(model, prompt, 12, (eos,)) for prompt in ragged_prompts()]
+    assert len(expected[2]) > 1
+    out = model.generate(
+        12, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=eos, return_log_probs=True, pad_value=eos
+    )
+    assert out.responses(eos).tolist() == padded(expected, eos)
+    assert out.response_mask.sum(dim=-1).tolist() == [len(row) for row in expected]
+    assert torch.equal(out.prompt_mask.sum(dim=-1), LENGTHS)
+    assert not (out.prompt_mask & out.response_mask).any()
+
+
+def test_eos_that_is_also_the_padding_stays_in_the_mask_once(make_palm):
+    model = make_palm()
+    free = greedy(model, [3, 5], 12)
+    eos = free[3]
+    out = model.generate(
+        12, torch.tensor([[3, 5]]), temperature=0.0, eos_token=eos, pad_value=eos, return_log_probs=True
+    )
+    assert out.sequence[out.mask].tolist() == [3, 5, *free[: free.index(eos) + 1]]
+
+
+def test_rows_that_ended_are_computed_no_more(make_palm):
+    model = make_palm()
+    free = [greedy(model, prompt, 20) for prompt in ragged_prompts()]
+    eos = tuple({free[0][1], free[1][6]})
+    lengths = [len(greedy(model, prompt, 20, eos)) for prompt in ragged_prompts()]
+    assert len(set(lengths)) > 1
+    seen = []
+    model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=eos)
+    expected = [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
+    assert seen == [(3, 5), *expected]  # and no pass after the last token
+
+
+# sampling
+
+
+FILTERS = {
+    "reference's default": ({}, lambda logits, t: top_k(logits, 0.9) / t),
+    "reference's top_k": ({"filter_thres": 0.5}, lambda logits, t: top_k(logits, 0.5) / t),
+    "reference's top_p": (
+        {"filter_logits_fn": top_p, "filter_thres": 0.4},
+        lambda logits, t: top_p(logits, 0.4) / t,
+    ),
+    "top_k": (
+        {"top_k": 3},
+        lambda logits, t: (logits / t).masked_fill(logits < logits.topk(3).values[..., -1:], -torch.inf),
+    ),
+    "top_p": ({"top_p": 0.8}, lambda logits, t: usual_top_p(logits / t, 0.8)),
+    "nothing": ({"filter_logits_fn": None}, lambda logits, t: logits / t),
+    "the whole mass": ({"top_p": 1.0}, lambda logits, t: logits / t),
+}
+
+
+def usual_top_p(logits, p):
+    """Holtzman et al.: likeliest first, until their probabilities reach p."""
+    out = torch.full_like(logits, -torch.inf)
+    flat, flat_out = logits.reshape(-1, logits.shape[-1]), out.view(-1, logits.shape[-1])
+    for row, row_out in zip(flat, flat_out, strict=True):
+        mass = 0.0
+        for token in row.argsort(descending=True).tolist():
+            row_out[token] = row[token]
+            mass += row.softmax(-1)[token].item()
+            if mass >= p:
+                break
+    return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", FILTERS)
+def test_log_probs_are_of_the_distribution_sampled_from(make_palm, name, temperature):
+    model = make_palm()
+    keywords, shape = FILTERS[name]
+    out = model.generate(
+        14,
+        RAGGED.repeat(4, 1),
+        temperature,
+        prompt_lengths=LENGTHS.repeat(4),
+        return_log_probs=True,
+        eos_token=2,
+        **keywords,
+    )
+    expected = shape(model(out.sequence)[:, :-1], temperature).log_softmax(-1)
+    expected = expected.gather(-1, out.sequence[:, 1:, None]).squeeze(-1)
+    follows = out.response_mask[:, 1:]
+    assert expected[follows].isfinite().all()
+    torch.testing.assert_close(out.log_probs[:, 1:][follows], expected[follows], atol=1e-4, rtol=1e-4)
+    assert (out.log_probs[~out.response_mask] == 0).all() and out.log_probs.dtype == torch.float32
+
+
+def test_greedy_log_probs_are_the_models(make_palm):
+    model = make_palm()
+    out = model.generate(9, RAGGED[:1], temperature=0.0, return_log_probs=True, filter_logits_fn=None)
+    expected = model(out.sequence).log_softmax(-1)[0, 4:-1].max(dim=-1).values
+    torch.testing.assert_close(out.log_probs[0, 5:], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["reference's top_k", "top_k", "top_p", "nothing"])
+def test_frequencies_follow_the_log_probs(make_palm, name):
+    model, draws = make_palm(), 6000
+    keywords, shape = FILTERS[name]
+    prompt = torch.tensor([4, 9, 1])
+    probs = shape(model(prompt[None])[:, -1], 2.0).softmax(-1)[0]
+    out = model.generate(4, prompt.expand(draws, -1), temperature=2.0, return_log_probs=True, seed=1, **keywords)
+    tokens = out.sequence[:, 3]
+    torch.testing.assert_close(out.log_probs[:, 3].exp(), probs[tokens], atol=1e-5, rtol=1e-4)
+    count, expected = torch.bincount(tokens, minlength=17), probs * draws
+    assert (count[probs == 0] == 0).all()
+    common = expected > 5
+    freedom = int(common.sum()) - 1
+    chi_square = ((count - expected) ** 2 / expected)[common].sum()
+    assert freedom >= 2 and chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_sampling_of_several_steps_follows_the_joint_distribution(make_palm):
+    # sequences of two tokens: the second is conditioned on the first that was drawn in its own row
+    model, draws = make_palm(num_tokens=3), 6000
+    prompt = torch.tensor([[1, 0]])
+    first = model(prompt)[0, -1].softmax(-1)
+    seconds = torch.stack([model(torch.tensor([[1, 0, token]]))[0, -1].softmax(-1) for token in range(3)])
+    expected = (first[:, None] * seconds).flatten() * draws
+    out = model.generate(4, prompt.expand(draws, -1), filter_logits_fn=None, seed=0)
+    count = torch.bincount(out[:, 0] * 3 + out[:, 1], minlength=9)
+    common = expected > 5
+    assert ((count - expected) ** 2 / expected)[common].sum() < 30 and common.sum() >= 4
+
+
+def test_seeds_reproduce_and_leave_the_global_state_alone(make_palm):
+    model = make_palm()
+    state = torch.get_rng_state()
+    one, two, three = (model.generate(40, RAGGED, filter_logits_fn=None, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = model.generate(40, RAGGED, filter_logits_fn=None, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one, again)
+    torch.manual_seed(5)
+    free = model.generate(40, RAGGED, filter_logits_fn=None)
+    torch.manual_seed(5)
+    assert torch.equal(free, model.generate(40, RAGGED, filter_logits_fn=None))
+
+
+def test_generation_runs_in_eval_mode_without_gradient_and_puts_the_mode_back(make_palm):
+    model = make_palm(attn_dropout=0.9, ff_dropout=0.9)
+    expected = model.generate(12, RAGGED, temperature=0.0)
+    out = model.train().generate(12, RAGGED, temperature=0.0, return_log_probs=True)
+    assert model.training and not out.log_probs.requires_grad
+    assert torch.equal(out.responses(0), expected)
+
+
+def test_the_whole_works_in_bfloat16(make_palm):
+    out = make_palm().bfloat16().generate(12, RAGGED, prompt_lengths=LENGTHS, return_log_probs=True)
+    assert out.log_probs.isfinite().all() and out.log_probs.dtype == torch.float32
+
+
+# streaming
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"temperature": 0.0}, {}, {"top_k": 4}, {"top_p": 0.9}, {"filter_logits_fn": None}]
+)
+def test_stream_yields_the_tokens_of_generate(make_palm, keywords):
+    model = make_palm(finetune_scopes=["a"]).train()
+    both = dict(prompt_lengths=LENGTHS, eos_token=5, seed=3, pad_value=16, finetune_scope="a", **keywords)
+    expected = model.generate(30, RAGGED, **both)
+    streamed = []
+    for tokens in model.stream(30, RAGGED, **both):
+        streamed.append(tokens)
+        assert tokens.shape == (3,)
+    rows = [torch.stack(streamed)[:, i].tolist() for i in range(3)]
+    # ragged rows begin together, so the i-th tokens drawn come together
+    assert rows == expected.tolist()
+    assert model.training
+
+
+def test_stream_comes_token_by_token_and_may_be_left(make_palm):
+    model = make_palm().train()
+    calls = []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    stream = model.stream(10**6, torch.tensor([1, 2]))
+    first = next(stream)
+    assert first.shape == () and len(calls) == 1
+    next(stream)
+    assert len(calls) == 2
+    stream.close()
+    assert model.training
+
+
+# adapters
+
+
+def test_lora_is_merged_for_the_length_of_the_call(make_palm, monkeypatch):
+    model = make_palm(finetune_scopes=["a"])
+    expected = [greedy(model, prompt, 15, finetune_scope="a") for prompt in ragged_prompts()]
+    base = [greedy(model, prompt, 15) for prompt in ragged_prompts()]
+    assert expected != base
+    weights = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(LoRA, "forward", None)  # merged: no adapter is called
+    out = model.generate(15, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, finetune_scope="a")
+    assert out.tolist() == padded(expected, 0)
+    assert all(map(torch.equal, weights, model.parameters()))
+    disabled = model.generate(15, RAGGED, 0.0, prompt_lengths=LENGTHS, finetune_scope="a", disable_lora=True)
+    assert disabled.tolist() == padded(base, 0)
+
+
+def test_weights_and_mode_come_back_after_an_exception(make_palm):
+    model = make_palm(finetune_scopes=["a"]).train()
+    weights = [p.clone() for p in model.parameters()]
+    merged = []
+
+    def fail(logits, thres):
+        merged.append(torch.equal(weights[1], list(model.parameters())[1]))
+        if len(merged) == 3:
+            raise ZeroDivisionError
+        return logits
+
+    with pytest.raises(ZeroDivisionError):
+        model.generate(15, RAGGED, filter_logits_fn=fail, finetune_scope="a")
+    assert all(map(torch.equal, weights, model.parameters())) and model.training
+
+
+# what cannot be answered
+
+
+@pytest.mark.parametrize(
+    "prompt, keywords, error, message",
+    [
+        (torch.zeros(0, dtype=torch.long), {}, ValueError, "at least one"),
+        (torch.zeros(2, 0, dtype=torch.long), {}, ValueError, "at least one"),
+        (torch.zeros(0, 3, dtype=torch.long), {}, ValueError, "at least one"),
+        (torch.tensor(3), {}, ValueError, r"got shape \(\)"),
+        (torch.tensor([[1, 17]]), {}, ValueError, "run from 1 to 17, but the vocabulary has ids 0 to 16"),
+        (torch.tensor([[1, -1]]), {}, ValueError, "run from -1 to 1"),
+        (torch.tensor([[1.0, 2.0]]), {}, TypeError, "must be integers, got torch.float32"),
+        (torch.tensor([[True]]), {}, TypeError, "must be integers, got torch.bool"),
+        (RAGGED, {"temperature": -0.5}, ValueError, "temperature must be 0 .* or more, got -0.5"),
+        (RAGGED, {"temperature": float("nan")}, ValueError, "temperature"),
+        (RAGGED, {"top_k": 0}, ValueError, "top_k counts the tokens to keep"),
+        (RAGGED, {"top_p": 0.0}, ValueError, "top_p is the probability mass"),
+        (RAGGED, {"top_p": 1.5}, ValueError, "top_p is the probability mass"),
+        (RAGGED, {"prompt_lengths": torch.tensor([5, 0, 4])}, ValueError, "every prompt needs at least one token"),
+        (RAGGED, {"prompt_lengths": torch.tensor([5, 6, 4])}, ValueError, "a prompt length is 6, but prompts have 5"),
+        (RAGGED, {"prompt_lengths": torch.tensor([5, 5])}, ValueError, r"lengths \(b,\) are needed"),
+        (RAGGED, {"prompt_lengths": torch.tensor([5.0, 2.0, 4.0])}, ValueError, "integer lengths"),
+    ],
+)
+def test_bad_input_is_refused_at_the_door(make_palm, prompt, keywords, error, message):
+    model = make_palm()
+    model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    for call in (model.generate, lambda *args, **kwargs: next(model.stream(*args, **kwargs))):
+        with pytest.raises(error, match=message) as caught:
+            call(12, prompt, **keywords)
+        assert "\n" not in str(caught.value)
+
+
+def test_broken_weights_are_said_to_be_broken(make_palm):
+    model = make_palm()
+    torch.nn.init.constant_(model.norm.gamma, torch.nan)
+    with pytest.raises(ValueError, match="not finite .* its weights are broken"):
+        model.generate(12, RAGGED)
+
+
+def test_an_encoder_cannot_generate(make_palm):
+    with pytest.raises(ValueError, match="encoder"):
+        make_palm(causal=False).generate(12, RAGGED)
+
+
+# helpers
+
+
+def test_limits_may_differ_from_row_to_row(make_palm):
+    model = make_palm()
+    rows = {0: [], 1: [], 2: []}
+    for step in generation.decode(model, RAGGED, LENGTHS, torch.tensor([7, 9, 3]), generation.Sampling(0.0)):
+        for row, position, token in zip(step.rows.tolist(), step.positions.tolist(), step.tokens.tolist(), strict=True):
+            assert position == LENGTHS[row] + len(rows[row])
+            rows[row].append(token)
+    limits = (7, 9, 3)
+    assert list(rows.values()) == [greedy(model, p, n) for p, n in zip(ragged_prompts(), limits, strict=True)]
+
+
+def test_best_of_is_the_argmax_without_padding():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    response = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]]).bool()
+    sequence = torch.tensor([[1, 2, 3, 4], [5, 0, 6, 0]])
+    answer, score = generation.best_of(torch.tensor([0.5, 0.7]), generation.Generation(sequence, mask, response))
+    assert answer.tolist() == [5, 0, 6] and score == pytest.approx(0.7)
+
+
+def test_repeat_prompts_keeps_copies_together():
+    prompts, lengths = generation.repeat_prompts(torch.tensor([[1, 2], [3, 4]]), torch.tensor([2, 1]), 2)
+    assert prompts.tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]] and lengths.tolist() == [2, 2, 1, 1]

@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.ops import lengths_to_mask
+
+KINDS = {
+    "xpos": {},
+    "no xpos": {"use_xpos": False},
+    "short xpos base": {"rotary_xpos_scale_base": 6},
+    "two kv heads": {"kv_heads": 2},
+    "all kv heads": {"kv_heads": 4, "use_xpos": False},
+    "qk_rmsnorm": {"qk_rmsnorm": True},
+    "flash": {"flash_attn": True},
+    "logit scale, theta, LoRA": {"logit_scale": 0.5, "rotary_theta": 500.0, "finetune_scopes": ["a"]},
+}
+
+
+def prefill(model, tokens, lengths, max_len, **keywords):
+    """Cache, logits (b, n, v) of ragged prompts, right padded with garbage."""
+    cache = model.new_cache(len(tokens), max_len)
+    n = int(lengths.max())
+    return cache, model(tokens[:, :n], mask=lengths_to_mask(lengths, n), cache=cache, **keywords)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_len", [40, 8, 1], ids=["fits", "grows", "far too short"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_is_uncached_at_every_position(make_palm, kind, max_len):
+    model = make_palm(**KINDS[kind])
+    scope = {"finetune_scope": "a"} if "finetune_scopes" in KINDS[kind] else {}
+    tokens = torch.randint(0, 17, (3, 24))
+    whole = model(tokens, **scope)
+    lengths = torch.tensor([3, 8, 5])
+    rows = torch.arange(3)[:, None]
+
+    cache, logits = prefill(model, tokens, lengths, max_len, **scope)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(logits[row, :length], whole[row, :length], atol=1e-5, rtol=1e-5)
+    for chunk in (1, 4, 1, 1, 7, 2):  # 8 + 16 = 24
+        positions = cache.lengths[:, None] + torch.arange(chunk)
+        logits = model(tokens[rows, positions], cache=cache, **scope)
+        torch.testing.assert_close(logits, whole[rows, positions], atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [19, 24, 21]
+    assert cache.max_len >= 24
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["xpos", "two kv heads"])
+def test_extension_may_be_ragged_too(make_palm, kind):
+    model = make_palm(**KINDS[kind])
+    tokens = torch.randint(0, 17, (3, 24))
+    whole = model(tokens)
+    cache, _ = prefill(model, tokens, torch.tensor([2, 7, 4]), 8)
+    rows = torch.arange(3)[:, None]
+    for some in ([5, 1, 3], [1, 1, 1], [2, 6, 4], [1, 1, 1]):
+        some = torch.tensor(some)
+        n = int(some.max())
+        positions = cache.lengths[:, None] + torch.arange(n)
+        logits = model(tokens[rows, positions.clamp(max=23)], mask=lengths_to_mask(some, n), cache=cache)
+        real = lengths_to_mask(some, n)
+        torch.testing.assert_close(logits[real], whole[rows, positions][real], atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [11, 16, 13]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["xpos", "two kv heads"])
+def test_cached_is_uncached_after_rows_left(make_palm, kind):
+    model = make_palm(**KINDS[kind])
+    tokens = torch.randint(0, 17, (4, 20))
+    whole = model(tokens)
+    cache, _ = prefill(model, tokens, torch.tensor([3, 6, 4, 5]), 8)
+    left = torch.arange(4)
+    for keep in ([0, 1, 2, 3], [0, 2, 3], [1, 2], [1]):
+        keep = torch.tensor(keep)
+        left = left[keep]
+        cache.keep(keep)
+        for _ in range(3):  # grows on the way
+            positions = cache.lengths[:, None]
+            logits = model(tokens[left[:, None], positions], cache=cache)
+            torch.testing.assert_close(logits, whole[left[:, None], positions], atol=1e-5, rtol=1e-5)
+    assert left.tolist() == [3]
+
+
+def test_slots_by_hand():
+    cache = KVCache(depth=2, batch=2, kv_heads=1, max_len=3, dim_head=1)
+    k = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 1, 2, 1)
+    new_k, new_v = cache.extend(1, k, -k, torch.tensor([[0, 1], [0, 1]]))
+    assert torch.equal(new_k, k) and torch.equal(new_v, -k)  # a first pass looks at its own keys
+    cache.advance(torch.tensor([2, 1]), 2)
+    five = torch.tensor([5.0, 6.0]).reshape(2, 1, 1, 1)
+    keys, values = cache.extend(1, five, -five, cache.lengths[:, None])
+    assert keys[:, 0, :, 0].tolist() == [[1, 2, 5], [3, 6, 0]]  # row 1's padding is overwritten
+    assert torch.equal(keys, -values)
+    assert (cache.k[0] == 0).all()
+    cache.advance(1, 1)
+    cache.keep(torch.tensor([1]))
+    assert cache.lengths.tolist() == [2] and cache.k[1, 0, 0, :, 0].tolist() == [3, 6, 0]
+
+
+def test_reading_copies_nothing_and_leaving_rows_free_no_memory():
+    cache = KVCache(depth=1, batch=4, kv_heads=2, max_len=5, dim_head=3)
+    memory = cache.k.data_ptr()
+    cache.advance(3, 3)
+    cache.keep(torch.tensor([1, 3]))
+    assert cache.k.data_ptr() == memory and cache.read(0, 2)[0].data_ptr() == memory
+    assert cache.k.shape == (1, 2, 2, 5, 3)
+
+
+def test_growth_keeps_what_is_there_and_the_centre():
+    cache = KVCache(depth=1, batch=1, kv_heads=1, max_len=4, dim_head=2)
+    cache.k.normal_()
+    before, centre = cache.k.clone(), cache.centre
+    cache.advance(4, 4)
+    cache.reserve(1)
+    assert cache.max_len >= 5 and cache.centre == centre
+    assert torch.equal(cache.k[:, :, :, :4], before)
+    cache.advance(4, 4)
+    size = cache.max_len
+    cache.reserve(size - 8)
+    assert cache.max_len == size
+
+
+def test_an_encoder_has_no_cache(make_palm):
+    model = make_palm(causal=False)
+    with pytest.raises(ValueError, match="encoder .* cannot use a key/value cache"):
+        model(torch.ones(1, 3, dtype=torch.long), cache=model.new_cache(1, 4))

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from palm_rlhf_pytorch.lora import LoRA
+
+
+def test_by_hand():
+    lora = LoRA(2, 2, r=1, alpha=3.0)
+    with torch.no_grad():
+        lora.A.copy_(torch.tensor([[1.0], [2.0]]))
+        lora.B.copy_(torch.tensor([[5.0, 7.0]]))
+    # x A = 1 * 1 + 10 * 2 = 21, times B, times alpha / r = 3
+    assert lora(torch.tensor([[1.0, 10.0]])).tolist() == [[315.0, 441.0]]
+    assert lora.weight.tolist() == [[15.0, 21.0], [30.0, 42.0]]
+
+
+def test_starts_at_nothing_with_scale_one():
+    lora = LoRA(6, 4, r=3)
+    assert lora.scale == 1.0 and lora.A.shape == (6, 3) and lora.B.shape == (3, 4)
+    assert (lora(torch.randn(2, 5, 6)) == 0).all() and (lora.weight == 0).all()
+    assert lora.A.std() > 0  # else nothing could ever be learned
+
+
+def test_merged_is_unmerged():
+    lora, x = LoRA(6, 4, r=2, alpha=5), torch.randn(3, 6)
+    torch.nn.init.normal_(lora.B)
+    torch.testing.assert_close(lora(x), x @ lora.weight)
+
+
+def test_the_dense_product_is_never_made():
+    x = torch.ones(1, 300_000, requires_grad=True)
+    LoRA(300_000, 300_000, r=1)(x).sum().backward()  # dense: 360 GB
+    assert x.grad.shape == x.shape
+
+
+def test_rank_must_be_positive():
+    with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
+        LoRA(4, 4, r=0)

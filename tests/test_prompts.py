@@ -1,0 +1,112 @@
+import pytest
+import torch
+from tiny import PROMPTS, tiny_trainer
+
+from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.tokenizer import ByteTokenizer
+
+
+def letters(texts):
+    """A tokenizer as the reference asks for: texts -> ids (b, n), 0 is padding."""
+    n = max(map(len, texts))
+    return torch.tensor([[ord(c) - ord("a") + 1 for c in text] + [0] * (n - len(text)) for text in texts])
+
+
+def test_only_trailing_padding_is_taken_off():
+    prompts = Prompts(torch.tensor([[0, 3, 0, 4, 0], [5, 0, 0, 0, 0], [1, 2, 3, 4, 5]]))
+    assert prompts.lengths.tolist() == [4, 1, 5]
+    ids, lengths = prompts.rows(torch.tensor([1, 0]))
+    assert ids.tolist() == [[5, 0, 0, 0], [0, 3, 0, 4]] and lengths.tolist() == [1, 4]
+
+
+def test_padding_of_another_id():
+    prompts = Prompts(torch.tensor([[0, 3, -1], [2, -1, -1]]), pad_value=-1)
+    assert prompts.lengths.tolist() == [2, 1]
+    prompts.check(4)
+    with pytest.raises(ValueError, match="prompt ids run from 0 to 3, but the vocabulary has ids 0 to 2"):
+        prompts.check(3)
+
+
+@pytest.mark.parametrize("ids", [torch.zeros(3, 0), torch.ones(4).long(), torch.tensor([[1, 2], [0, 0]])])
+def test_prompts_that_cannot_be_answered_are_refused(ids):
+    with pytest.raises(ValueError, match="prompt"):
+        Prompts(ids)
+
+
+def test_three_sources_say_the_same(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"ab\r\n\nabc\n  \nd")
+    by_text = Prompts.gather(["ab", "abc", "d"], None, None, letters)
+    by_path = Prompts.gather(None, path, None, letters)
+    by_ids = Prompts.gather(None, None, letters(["ab", "abc", "d"]), None)
+    for prompts in (by_text, by_path, by_ids):
+        assert prompts.ids.tolist() == [[1, 2, 0], [1, 2, 3], [4, 0, 0]] and prompts.lengths.tolist() == [2, 3, 1]
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\u2028still one\ntwo\x0cstill two\n", encoding="utf-8-sig")
+    seen = []
+    Prompts.gather(None, path, None, lambda texts: seen.extend(texts) or torch.ones(len(texts), 1).long())
+    assert seen == ["one\u2028still one", "two\x0cstill two"]
+
+
+def test_a_tokenizers_own_padding_is_padding():
+    prompts = Prompts.gather(["abc", "d"], None, None, ByteTokenizer(), pad_value=7)
+    assert prompts.pad_value == ByteTokenizer.pad_id and prompts.lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (None, None, None, None),
+        (["a"], "somewhere.txt", None, letters),
+        (["a"], None, torch.ones(1, 1), letters),
+        (None, "somewhere.txt", torch.ones(1, 1), None),
+    ],
+)
+def test_exactly_one_source(arguments):
+    with pytest.raises(ValueError, match="exactly one of prompts, prompts_path and prompt_token_ids"):
+        Prompts.gather(*arguments)
+
+
+def test_what_is_refused(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(ValueError, match="there are no prompts"):
+        Prompts.gather(None, empty, None, letters)
+    with pytest.raises(ValueError, match="there are no prompts"):
+        Prompts.gather([], None, None, letters)
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        Prompts.gather(["a"], None, None, None)
+    with pytest.raises(TypeError, match=r"goes in as \[text\]"):
+        Prompts.gather("abc", None, None, letters)
+    with pytest.raises(TypeError, match="the tokenizer must make token ids"):
+        Prompts.gather(["ab", "c"], None, None, lambda texts: [[1, 2], [3]])
+    with pytest.raises(TypeError, match="got a dict"):
+        Prompts.gather(["ab", "c"], None, None, lambda texts: {"input_ids": [[1], [2]]})
+    with pytest.raises(ValueError, match="from 2 prompts"):
+        Prompts.gather(["ab", "c"], None, None, lambda texts: [[1, 2]])
+
+
+def test_draws_see_every_prompt_before_any_again():
+    prompts = Prompts(torch.arange(1, 8)[:, None])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([prompts.draw(count, generator) for count in (3, 5, 1, 12)])
+    rounds = drawn.view(3, 7)
+    assert (rounds.sort(dim=-1).values == torch.arange(7)).all()
+    assert not torch.equal(rounds[0], rounds[1])
+    again = Prompts(torch.arange(1, 8)[:, None]).draw(21, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_the_trainer_takes_text_and_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("abc\nd\n")
+    for source in ({"prompts": ["abc", "d"]}, {"prompts_path": path}):
+        trainer = tiny_trainer(tokenizer=letters, **source)
+        assert trainer.prompts.lengths.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="exactly one"):
+        tiny_trainer(prompts=["abc"], prompt_token_ids=PROMPTS, tokenizer=letters)
+    with pytest.raises(ValueError, match="prompt ids run from 1 to 26"):
+        tiny_trainer(prompts=["az"], tokenizer=letters)
