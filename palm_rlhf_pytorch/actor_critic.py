@@ -83,8 +83,6 @@ class ActorCritic(nn.Module):
     ):
         super().__init__()
         critic = moved("critic_palm", critic_palm, "critic", critic, stacklevel=4)  # one frame is beartype's
-        if actor_lora_scope == critic_lora_scope:
-            raise ValueError(f"actor and critic need scopes of their own, both are {actor_lora_scope!r}")
         self.actor_palm = palm
         if critic is None or critic is palm:
             share = actor_lora and critic_lora and actor_dropout == critic_dropout
@@ -93,6 +91,8 @@ class ActorCritic(nn.Module):
             critic = deepcopy(critic)  # it is trained as a whole, and the policy's trunk must not move with it
         self.implicit_critic = critic if isinstance(critic, ImplicitPRM) else None
         self.critic_palm = critic.model if self.implicit_critic is not None else critic
+        if self.critic_palm is palm and actor_lora_scope == critic_lora_scope:
+            raise ValueError(f"on one trunk actor and critic need scopes of their own, both are {actor_lora_scope!r}")
         for role, model in (("policy", palm), ("critic", self.critic_palm)):
             if not model.causal:
                 raise ValueError(f"the {role} must be a causal PaLM: an encoder (causal=False) sees the future")
@@ -115,7 +115,7 @@ class ActorCritic(nn.Module):
             self.value_head = nn.Linear(self.critic_palm.dim, critic_dim_out)
             nn.init.zeros_(self.value_head.weight)  # every value starts at 0 (or mid-range, in bins)
             nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(palm.device)
+            self.value_head.to(self.critic_palm.token_emb.weight)  # device and dtype
 
     @property
     def reference_palm(self) -> PaLM:
@@ -210,5 +210,5 @@ def running_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     count = mask.cumsum(dim=-1)[..., None]
-    mean = (embeds * mask[..., None]).cumsum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, mean, embeds)
+    mean = (embeds.float() * mask[..., None]).cumsum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, mean.to(embeds.dtype), embeds)

@@ -11,7 +11,7 @@ from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """bos and the prompt's ids: what a response follows, also after an empty prompt."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return [tokenizer.bos_id, *tokenizer.encode_start(prompt)]
 
 
 def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: int) -> tuple[list[int], int]:
@@ -23,7 +23,8 @@ def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: i
     if max_len < 2:
         raise ValueError(f"max_len must hold at least a prompt and a response token (2), got {max_len}.")
     prompt_ids = encode_prompt(tokenizer, prompt)
-    response_ids = [*tokenizer.encode(response), tokenizer.eos_id]
+    encode = tokenizer.encode if prompt else tokenizer.encode_start
+    response_ids = [*encode(response), tokenizer.eos_id]
     kept = max(1, min(len(prompt_ids), max_len - len(response_ids)))
     return (prompt_ids[-kept:] + response_ids)[:max_len], kept
 

@@ -6,14 +6,15 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that a flag is made of."""
-    metadata = {"help": help, "choices": choices}
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
+    """A dataclass field that a flag is made of, which takes one of `choices`, or a number of `least` or more."""
+    metadata = {"help": help, "choices": choices, "least": least}
     if isinstance(default, (list, dict)):
         raise TypeError("defaults of options are immutable; use a tuple")
     return dataclasses.field(default=default, metadata=metadata)
@@ -21,11 +22,15 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> A
 
 def required(help: str) -> Any:
     """A field without default: its flag must be given."""
-    return dataclasses.field(metadata={"help": help, "choices": None})
+    return dataclasses.field(metadata={"help": help})
 
 
-def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
-    """One flag for each field of the dataclasses, grouped by class; fields of the same name share one."""
+def add_flags(parser: argparse.ArgumentParser, *classes: type, defaults: Mapping[str, Any] | None = None) -> None:
+    """One flag for each field of the dataclasses, grouped by class; fields of the same name share one.
+
+    `defaults` take the place of those in the dataclasses, also where there is none.
+    """
+    defaults = defaults or {}
     seen: set[str] = set()
     for cls in classes:
         title = (cls.__doc__ or cls.__name__).strip().split("\n")[0].rstrip(".")
@@ -33,7 +38,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if field.name not in seen:
-                group.add_argument("--" + field.name.replace("_", "-"), **_settings(field, hints[field.name]))
+                default = defaults.get(field.name, field.default)
+                group.add_argument("--" + field.name.replace("_", "-"), **_settings(field, hints[field.name], default))
                 seen.add(field.name)
 
 
@@ -43,21 +49,38 @@ def from_flags(cls: type[T], namespace: argparse.Namespace) -> T:
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def _settings(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+def _settings(field: dataclasses.Field, hint: Any, default: Any) -> dict[str, Any]:
     kind, many = _plain_type(hint)
-    help_text = field.metadata.get("help", "")
-    if field.default is dataclasses.MISSING:
-        return {"type": kind, "required": True, "help": help_text}
+    settings: dict[str, Any] = {"help": field.metadata.get("help", "")}
+    if default is dataclasses.MISSING:
+        settings["required"] = True
+    else:
+        settings["default"] = default
+        if "(default:" not in settings["help"]:
+            settings["help"] += f" (default: {_shown(default)})"
     if kind is bool:
-        # BooleanOptionalAction gives --flag and --no-flag
-        action = argparse.BooleanOptionalAction
-        return {"action": action, "default": field.default, "help": f"{help_text} (default: {_shown(field.default)})"}
-    settings = {"type": kind, "default": field.default, "help": f"{help_text} (default: {_shown(field.default)})"}
+        return {**settings, "action": argparse.BooleanOptionalAction}  # --flag and --no-flag
+    settings["type"] = _at_least(kind, field.metadata.get("least"))
     if field.metadata.get("choices"):
         settings["choices"] = field.metadata["choices"]
-    else:
+    elif kind is not str:
         settings["metavar"] = kind.__name__.upper()
     return {**settings, "nargs": "+"} if many else settings
+
+
+def _at_least(kind: type, least: float | None) -> Callable[[str], Any]:
+    """`kind`, which refuses what is below `least`."""
+    if least is None:
+        return kind
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # what argparse calls it in its messages
+    return convert
 
 
 def _plain_type(hint: Any) -> tuple[type, bool]:

@@ -351,7 +351,8 @@ class PaLM(nn.Module):
         """
         if return_loss:
             real = x >= 0 if mask is None else mask
-            labels = x.masked_fill(~real, self.cross_entropy_ignore_index)[:, 1:]
+            counted = real[:, 1:] & real[:, :-1]  # padding is neither predicted nor predicted from
+            labels = x[:, 1:].masked_fill(~counted, self.cross_entropy_ignore_index)
             x, mask, extra_embed = (None if t is None else t[:, : labels.shape[1]] for t in (x, mask, extra_embed))
         lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
         if mask is None and not self.causal:

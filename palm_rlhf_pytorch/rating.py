@@ -29,7 +29,7 @@ class RatingOptions:
     edges: tuple[float, ...] = option((), "edges between bins (default: between whole ratings, or quantiles)")
     max_len: int = option(512, "tokens of prompt and response together")
     batch_size: int = option(32, "sequences (or pairs) of a batch")
-    token_dropout: float = option(0.0, "share of input tokens replaced by random ones while training")
+    token_dropout: float = option(0.0, "share of tokens left out of each text while training")
     seed: int = option(0, "seed of head, split and batches")
 
 
@@ -72,28 +72,29 @@ def collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> Batch:
     return ids, mask, lengths_to_mask(lengths, ids.shape[1])
 
 
-def scramble(ids: Tensor, mask: Tensor, share: float, num_tokens: int, keep: int = 3) -> Tensor:
-    """Replace a share of the real tokens by random ones (ids below `keep` are special and left alone)."""
+def drop_tokens(row: tuple[list[int], int], share: float, generator: torch.Generator) -> tuple[list[int], int]:
+    """A row without a random share of its tokens; the first (bos) and the last (eos) stay. Word dropout keeps a model
+    from leaning on single words (Iyyer et al., ACL 2015, section 3.1).
+    """
     if share == 0:
-        return ids
-    chosen = (torch.rand(ids.shape, device=ids.device) < share) & mask & (ids >= keep)
-    return torch.where(chosen, torch.randint_like(ids, keep, num_tokens), ids)
+        return row
+    ids, prompt_length = row
+    keep = torch.rand(len(ids), generator=generator) >= share
+    keep[0] = keep[-1] = True
+    return [i for i, kept in zip(ids, keep.tolist(), strict=True) if kept], int(keep[:prompt_length].sum())
 
 
-def rating_loss(model: RewardModel, batch: tuple[Batch, Tensor], token_dropout: float = 0.0) -> Tensor:
+def rating_loss(model: RewardModel, batch: tuple[Batch, Tensor]) -> Tensor:
     """Cross-entropy or squared error of the responses' pooled embeddings, as `RewardModel.score` pools them."""
     (ids, mask, prompt_mask), labels = batch
-    ids = scramble(ids, mask, token_dropout, model.palm.num_tokens)
     pred = model.predict(ids.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
     return model.loss(pred, labels)
 
 
-def pair_loss(model: RewardModel, batch: tuple[Batch, Batch, Tensor], token_dropout: float = 0.0) -> Tensor:
+def pair_loss(model: RewardModel, batch: tuple[Batch, Batch, Tensor]) -> Tensor:
     """Bradley-Terry loss of (chosen, rejected, margin)."""
     chosen, rejected, margin = batch
-    sides = []
-    for ids, mask, prompt_mask in (chosen, rejected):
-        sides.append((scramble(ids, mask, token_dropout, model.palm.num_tokens), prompt_mask, mask))
+    sides = [(ids, prompt_mask, mask) for ids, mask, prompt_mask in (chosen, rejected)]
     return model.pair_loss(*sides, margin)
 
 
@@ -138,7 +139,8 @@ def train_on_ratings(
 
     def batches() -> Iterator[tuple[Batch, Tensor]]:
         for some in bucketed_rows([len(ids) for ids, _ in rows], options.batch_size, generator):
-            yield collate([rows[i] for i in some], tokenizer.pad_id), labels[some]
+            kept = [drop_tokens(rows[i], options.token_dropout, generator) for i in some]
+            yield collate(kept, tokenizer.pad_id), labels[some]
 
     held_rows = encode_ratings(held_out, tokenizer, options.max_len)
     held_ratings = torch.tensor([r.rating for r in held_out])
@@ -156,7 +158,7 @@ def train_on_ratings(
 
     return fit(
         model,
-        lambda m, batch: rating_loss(m, batch, options.token_dropout),
+        rating_loss,
         batches(),
         fit_options,
         parameters=model.finetune_parameters(),
@@ -190,7 +192,10 @@ def train_on_pairs(
     def batches() -> Iterator[tuple[Batch, Batch, Tensor]]:
         lengths = [max(len(c), len(r)) for (c, _), (r, _) in zip(chosen, rejected, strict=True)]
         for some in bucketed_rows(lengths, options.batch_size, generator):
-            sides = (collate([side[i] for i in some], tokenizer.pad_id) for side in (chosen, rejected))
+            sides = [
+                collate([drop_tokens(side[i], options.token_dropout, generator) for i in some], tokenizer.pad_id)
+                for side in (chosen, rejected)
+            ]
             yield (*sides, margins[some])
 
     held_chosen, held_rejected = encode(held_out)
@@ -201,7 +206,7 @@ def train_on_pairs(
 
     return fit(
         model,
-        lambda m, batch: pair_loss(m, batch, options.token_dropout),
+        pair_loss,
         batches(),
         fit_options,
         parameters=model.finetune_parameters(),

@@ -44,6 +44,12 @@ class Scorer:
             raise ValueError("a reward over text needs a tokenizer with a decode method")
         self.reward, self.tokenizer, self.over = reward, tokenizer, over
 
+    def check(self, num_tokens: int) -> None:
+        """Refuse a reward model that does not know all of the policy's tokens."""
+        if isinstance(self.reward, RewardModel) and self.reward.palm.num_tokens < num_tokens:
+            known = self.reward.palm.num_tokens
+            raise ValueError(f"the reward model knows {known} tokens, but the policy writes {num_tokens}")
+
     def __call__(self, generated: generation.Generation) -> Tensor:
         """-> scores (b,) float32 on the sequence's device, all finite."""
         device, batch = generated.sequence.device, generated.sequence.shape[0]

@@ -45,6 +45,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without special tokens; "<eos>" in a text is five ordinary characters."""
 
+    def encode_start(self, text: str) -> list[int]:
+        """Ids of a text that nothing stands before; most tokenizers make no difference."""
+        return self.encode(text)
+
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """The text of ids that are all in the vocabulary and are not pad, bos or eos."""
@@ -111,7 +115,9 @@ class BPETokenizer(Tokenizer):
         pad_id: int | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        space_first: bool = False,
     ):
+        self.space_first = space_first
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         eos_id = _first_known(vocab, EOS_NAMES) if eos_id is None else eos_id
         if eos_id is None:
@@ -130,7 +136,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], *, vocab_size: int, lowercase: bool = False) -> BPETokenizer:
         """Learn at most `vocab_size` tokens: three specials, the 256 bytes, then merges.
 
-        Every string round-trips, except that `lowercase` folds case.
+        Every string round-trips, except that `lowercase` folds case. A word is the same token at the start of a text
+        as behind a space.
         """
         _refuse_bare_string(texts)
         if vocab_size < ByteTokenizer.num_tokens:
@@ -150,21 +157,24 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer=trainer)
-        return cls(tokenizer)
+        tokenizer.train_from_iterator(map(_space_first, texts), trainer=trainer)
+        return cls(tokenizer, space_first=True)
 
     @classmethod
-    def from_file(cls, path: str | Path, **special_ids: int) -> BPETokenizer:
+    def from_file(cls, path: str | Path, **settings: Any) -> BPETokenizer:
         """Read a tokenizer.json; `pad_id`, `bos_id`, `eos_id` override the ids found by name."""
         lib = require("tokenizers", "hf")
         try:
             tokenizer = lib.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{path} is not a readable tokenizer.json ({error}).") from error
-        return cls(tokenizer, **special_ids)
+        return cls(tokenizer, **settings)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_start(self, text: str) -> list[int]:
+        return self.encode(_space_first(text) if self.space_first else text)
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -172,7 +182,7 @@ class BPETokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         with atomic_path(Path(directory) / BPE_FILE) as temporary:
             self.tokenizer.save(os.fspath(temporary))
-        write_json(Path(directory) / CONFIG_FILE, self._config("bpe"))
+        write_json(Path(directory) / CONFIG_FILE, {**self._config("bpe"), "space_first": self.space_first})
 
 
 class HFTokenizer(Tokenizer):
@@ -230,8 +240,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe":
-        special_ids = {name: config.get(name) for name in ("pad_id", "bos_id", "eos_id")}
-        return BPETokenizer.from_file(path / BPE_FILE, **special_ids)
+        settings = {name: config.get(name) for name in ("pad_id", "bos_id", "eos_id")}
+        return BPETokenizer.from_file(path / BPE_FILE, **settings, space_first=config.get("space_first", False))
     raise ValueError(f"{path / CONFIG_FILE} names the kind {kind!r}: expected byte or bpe.")
 
 
@@ -249,6 +259,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _first_known(vocab: dict[str, int], names: Sequence[str], default: int | None = None) -> int | None:
     return next((vocab[name] for name in names if name in vocab), default)
+
+
+def _space_first(text: str) -> str:
+    """Words in a text follow a space; with this its first one does too."""
+    return text if not text or text[0].isspace() else " " + text
 
 
 def _refuse_bare_string(texts: Iterable[str]) -> None:

@@ -105,6 +105,7 @@ class OnPolicyTrainer:
         self.prompts = prompts
         self.prompts.check(actor_critic.actor_palm.num_tokens)
         self.scorer = Scorer(reward, tokenizer, reward_over)
+        self.scorer.check(actor_critic.actor_palm.num_tokens)
         if isinstance(reward, nn.Module):
             reward.to(self.accelerate.device).eval()
 

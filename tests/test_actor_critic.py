@@ -96,6 +96,7 @@ def test_what_is_refused():
         ActorCritic(tiny_palm(), tiny_palm(1, num_tokens=5))
     with pytest.raises(ValueError, match="scopes of their own"):
         ActorCritic(tiny_palm(), critic_lora_scope="actor")
+    ActorCritic(tiny_palm(), tiny_palm(1), critic_lora_scope="actor")  # on two trunks the names may be the same
 
 
 @pytest.mark.parametrize("pooled", [False, True])

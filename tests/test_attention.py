@@ -37,6 +37,16 @@ def test_is_the_formula_with_and_without_padding(kv_heads, causal, n, flash):
         torch.testing.assert_close(attend(q, k[:, 0], v[:, 0], mask=mask) * real, expected)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_one_query_over_many_keys_is_the_formula(kv_heads):
+    q, k, v = qkv(kv_heads)
+    q, mask = q[:, :, -1:], torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 1, 0, 0]]).bool()
+    torch.testing.assert_close(Attention()(q, k, v), plain(q, k, v, False))
+    torch.testing.assert_close(Attention()(q, k, v, mask=mask), plain(q, k, v, False, mask))
+    decoding = Attention(causal=True)(q, k, v, mask=mask[:, None, None, :])
+    torch.testing.assert_close(decoding, plain(q, k, v, False, mask))
+
+
 def test_gradients_are_the_formulas():
     for kv_heads in (1, 2):
         inputs = [t.requires_grad_() for t in qkv(kv_heads)]

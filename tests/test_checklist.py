@@ -75,8 +75,8 @@ def test_03_token_rewards_sum_to_the_score_less_the_kl():
     torch.testing.assert_close(token_rewards(e, 0.3).sum(dim=-1), e.scores - 0.3 * e.kl)
     alone = token_rewards(e, 0.0)
     assert (alone != 0).sum(dim=-1).tolist() == [1, 1, 1]
-    assert alone.nonzero()[:, 1].tolist() == [4, 4, 4]  # prompts of 2, 4, 1 and responses of 3, 1, 4 tokens
-    assert torch.equal(alone[:, 4], e.scores)
+    assert alone.nonzero()[:, 1].tolist() == [4, 3, 4]  # prompts of 2, 3, 1 and responses of 3, 1, 4 tokens
+    assert torch.equal(alone.sum(dim=-1), e.scores)
 
 
 def test_04_tokens_after_eos_reach_nothing():

@@ -7,7 +7,7 @@ from palm_rlhf_pytorch.experience import Experience
 
 
 def full():
-    return tiny_ppo().target(made_up())
+    return tiny_ppo().target(made_up(responses=(3, 1, 4), prompts=(2, 4, 1)))
 
 
 def test_no_field_has_a_vocabulary_axis():
@@ -32,7 +32,7 @@ def test_floats_are_zero_outside_the_response():
 
 
 def test_rows_are_cut_to_their_longest():
-    e = full()  # prompts 2, 4, 1 and responses 3, 1, 4: five tokens each
+    e = full()  # five tokens in each row
     e = replace(e, response_mask=e.response_mask & (torch.tensor([[3], [5], [4]]) > torch.arange(5)))
     part = e[torch.tensor([2, 0])]
     assert part.sequence.shape == (2, 4) and part.scores.tolist() == e.scores[[2, 0]].tolist()

@@ -71,7 +71,7 @@ def test_without_a_prompt_a_random_token_starts_and_is_returned(make_palm):
 def test_ragged_greedy_is_each_row_alone(make_palm, keywords):
     model = make_palm(**keywords)
     expected = [greedy(model, prompt, 20) for prompt in ragged_prompts()]
-    assert len({token for row in expected for token in row}) > 4  # not one token for ever
+    assert len({token for row in expected for token in row}) > 3  # not one token for ever
     out = model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, pad_value=16)
     assert out.tolist() == padded(expected, 16)
     garbage = torch.where(torch.arange(5) < LENGTHS[:, None], RAGGED, -7)  # nobody reads what is behind a prompt
@@ -94,6 +94,22 @@ def test_rows_end_with_their_eos_and_padding_follows(make_palm):
     assert torch.equal(
         model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=tensor, pad_value=15), out
     )
+
+
+def test_what_stood_behind_a_short_prompt_is_not_returned(make_palm):
+    model = make_palm()
+    prompts, lengths = torch.tensor([[3, 5, 7, 1, 9], [4, 2, 13, 13, 13]]), torch.tensor([5, 2])
+    eos = greedy(model, [4, 2], 9)[0]
+    whole = model.generate(
+        9,
+        prompts,
+        temperature=0.0,
+        prompt_lengths=lengths,
+        eos_token=eos,
+        pad_value=16,
+        return_seq_without_prompt=False,
+    )
+    assert whole[1, :3].tolist() == [4, 2, eos] and (whole[1, 3:] == 16).all() and whole.shape[1] > 5
 
 
 def test_eos_in_the_prompt_ends_nothing_and_stays_out_of_the_response_mask(make_palm):

@@ -73,6 +73,9 @@ def plain_palm(model: PaLM, x: torch.Tensor, scope: str | None = None) -> torch.
         if lora:
             parts[:3] = [part + normed @ a.A @ a.B for part, a in zip(parts[:3], lora[:3], strict=True)]
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in parts[:3])
+        if block.qk_rmsnorm:
+            q = q / q.norm(dim=-1, keepdim=True) * block.q_scale
+            k = k / k.norm(dim=-1, keepdim=True) * block.k_scale
         q, k = turn(q, scale), turn(k, 1 / scale)
         k, v = (t.repeat_interleave(h // kv, dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2) / d**0.5).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
@@ -86,9 +89,9 @@ def plain_palm(model: PaLM, x: torch.Tensor, scope: str | None = None) -> torch.
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_is_the_architecture_written_out(make_palm, kv_heads, flash_attn):
-    model, x = make_palm(kv_heads=kv_heads, flash_attn=flash_attn, finetune_scopes=["a"]), tokens()
+@pytest.mark.parametrize("keywords", [{}, {"kv_heads": 2}, {"kv_heads": 4}, {"qk_rmsnorm": True}])
+def test_is_the_architecture_written_out(make_palm, keywords, flash_attn):
+    model, x = make_palm(flash_attn=flash_attn, finetune_scopes=["a"], **keywords), tokens()
     torch.testing.assert_close(model(x), plain_palm(model, x), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model(x, finetune_scope="a"), plain_palm(model, x, "a"), atol=1e-4, rtol=1e-4)
 
@@ -135,6 +138,9 @@ def test_padding_adds_nothing_to_the_loss(make_palm, ignore):
     expected = torch.stack(terms).mean()
     torch.testing.assert_close(model(x, return_loss=True, mask=mask), expected)
     torch.testing.assert_close(model(x.masked_fill(~mask, -1), return_loss=True), expected)
+    torch.testing.assert_close(model(x.flip(0), return_loss=True, mask=mask.flip(0)), expected)
+    left, left_mask = pad_left(x, [9, 4])
+    torch.testing.assert_close(model(left, return_loss=True, mask=left_mask), expected)
 
 
 def test_loss_takes_extra_embeddings_of_the_whole_sequence(make_palm):

@@ -29,7 +29,7 @@ def test_token_rewards_by_hand():
     ref[0, 2] = -0.5  # log p - log p_ref = 0.5 at the first response token
     e = replace(e, log_probs=zeros, ref_log_probs=ref, scores=torch.tensor([1.0, 2.0, 3.0]))
     expected = torch.zeros(3, 5)
-    expected[0, 2], expected[:, 4] = -0.1, e.scores
+    expected[0, 2], expected[0, 4], expected[1, 3], expected[2, 4] = -0.1, 1.0, 2.0, 3.0
     torch.testing.assert_close(token_rewards(e, 0.2), expected)
 
 

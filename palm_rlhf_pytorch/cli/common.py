@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
 from palm_rlhf_pytorch.devices import choose_device
 from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.text_reward import TextReward
+from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,45 @@ class RunOptions:
     def start(self, seed: int) -> torch.device:
         torch.manual_seed(seed)
         return choose_device(self.device)
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """How text becomes tokens, for a new model"""
+
+    tokenizer: str = option("byte", "byte, bpe (trained on the data), or the path of a tokenizer")
+    vocab_size: int = option(4096, "tokens of a new bpe")
+    lowercase: bool = option(False, "lowercase text for a new bpe")
+
+    def new(self, texts: Sequence[str]) -> Tokenizer:
+        if self.tokenizer == "byte":
+            return ByteTokenizer()
+        if self.tokenizer == "bpe":
+            return BPETokenizer.train(texts, vocab_size=self.vocab_size, lowercase=self.lowercase)
+        return load_tokenizer(self.tokenizer)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model's sizes"""
+
+    dim: int = option(256, "width")
+    depth: int = option(4, "layers")
+    heads: int = option(4, "query heads")
+    dim_head: int = option(64, "width of a head")
+    kv_heads: int = option(1, "key/value heads")
+    ff_mult: float = option(4.0, "feedforward width over model width")
+    attn_dropout: float = option(0.0, "dropout of attention weights")
+    ff_dropout: float = option(0.0, "dropout inside the feedforward")
+    rotary_theta: float = option(10000.0, "base of the rotary angles")
+    gradient_checkpointing: bool = option(False, "save memory by computing layers twice")
+
+    def new(self, tokenizer: Tokenizer) -> PaLM:
+        return PaLM(num_tokens=tokenizer.num_tokens, flash_attn=True, **asdict(self))
+
+
+def text_reward(directories: Sequence[str], device: torch.device, whole: bool, max_len: int) -> TextReward:
+    """The reward of one or several reward runs, each with its own tokenizer."""
+    runs = [RunDirectory(directory) for directory in directories]
+    # texts may take more tokens in a reward's vocabulary than in the policy's
+    return TextReward([(run.reward_model().to(device), run.tokenizer()) for run in runs], whole, 4 * max_len)

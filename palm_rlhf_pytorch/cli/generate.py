@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.devices import choose_device
 from palm_rlhf_pytorch.evaluation import prompt_batch
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.generation import repeat_prompts
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.reward import RewardModel
 from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 
@@ -22,7 +23,10 @@ class GenerateOptions:
 
     model: str = required("directory of a pretrain or ppo run")
     prompt: str | None = option(None, "text to complete; without it each line typed is one (empty line or Ctrl-D ends)")
-    reward: str | None = option(None, "directory of a reward run: the best of --num-samples is shown, with its score")
+    reward: tuple[str, ...] = option(
+        (), "reward runs: the best of --num-samples by their mean is shown, with its score"
+    )
+    whole_text: bool = option(False, "rate prompt and response as one text (for rewards learned on texts alone)")
     num_samples: int = option(1, "completions to draw")
     max_new_tokens: int = option(200, "tokens of a completion at most")
     temperature: float = option(1.0, "0 takes the likeliest token")
@@ -42,6 +46,7 @@ def pieces(palm: PaLM, tokenizer: Tokenizer, prompt: str, options: GenerateOptio
         ids,
         eos_token=tokenizer.eos_id,
         temperature=options.temperature,
+        filter_logits_fn=None,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
@@ -55,7 +60,7 @@ def pieces(palm: PaLM, tokenizer: Tokenizer, prompt: str, options: GenerateOptio
 
 
 def ranked(
-    palm: PaLM, reward_model: RewardModel | None, tokenizer: Tokenizer, prompt: str, options: GenerateOptions
+    palm: PaLM, reward: TextReward | None, tokenizer: Tokenizer, prompt: str, options: GenerateOptions
 ) -> list[tuple[float | None, str]]:
     """`num_samples` completions with their scores, the best first where there is a reward model."""
     ids, lengths = repeat_prompts(*prompt_batch(tokenizer, [prompt], palm.device), options.num_samples)
@@ -72,9 +77,9 @@ def ranked(
         return_log_probs=True,
     )
     texts = [tokenizer.decode(row[mask]) for row, mask in zip(out.sequence, out.response_mask, strict=True)]
-    if reward_model is None:
+    if reward is None:
         return [(None, text) for text in texts]
-    scores = reward_model.score(out.sequence, out.prompt_mask, out.mask).tolist()
+    scores = reward([prompt] * len(texts), texts).tolist()
     return sorted(zip(scores, texts, strict=True), reverse=True)
 
 
@@ -84,17 +89,19 @@ def run(options: GenerateOptions) -> None:
     device = choose_device(options.device)
     source = RunDirectory(options.model)
     palm, tokenizer = source.palm().to(device), source.tokenizer()
-    reward_model = None if options.reward is None else RunDirectory(options.reward).reward_model().to(device)
+    reward = None
+    if options.reward:
+        reward = text_reward(options.reward, device, options.whole_text, options.max_new_tokens + 512)
 
     def answer(prompt: str) -> None:
-        if reward_model is None and options.num_samples == 1:
+        if reward is None and options.num_samples == 1:
             print(prompt, end="", flush=True)
             for piece in pieces(palm, tokenizer, prompt, options):
                 print(piece, end="", flush=True)
             print()
             return
-        answers = ranked(palm, reward_model, tokenizer, prompt, options)
-        for score, text in answers[:1] if reward_model is not None else answers:
+        answers = ranked(palm, reward, tokenizer, prompt, options)
+        for score, text in answers[:1] if reward is not None else answers:
             print(f"{prompt}{text}" if score is None else f"[{score:.3f}] {prompt}{text}")
 
     if options.prompt is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import RunOptions
+from palm_rlhf_pytorch.cli.common import RunOptions, text_reward
 from palm_rlhf_pytorch.data import first_words, read_prompts, read_texts
 from palm_rlhf_pytorch.devices import accelerate_keywords
 from palm_rlhf_pytorch.evaluation import prompt_batch
@@ -19,10 +19,11 @@ class PPOCommandOptions:
     """What to improve, by what reward, on what prompts"""
 
     model: str = required("directory of a pretrained run (or of an earlier ppo run)")
-    reward: str = required("directory of a reward run")
+    reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
     prompts: str = required("prompts: a .txt with one a line, or records with a prompt column")
     out: str = option("runs/ppo", "directory of the run")
     prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts")
+    whole_text: bool = option(False, "rate prompt and response as one text (for rewards learned on texts alone)")
     seed: int = option(0, "seed of everything")
     updates: int = option(50, "times to roll out and learn")
     rollouts: int = option(128, "prompts answered for each update")
@@ -66,19 +67,13 @@ def run(options: PPOCommandOptions, learning: PPOLearning, where: RunOptions) ->
     device = where.start(options.seed)
     source, directory = RunDirectory(options.model), RunDirectory(options.out)
     tokenizer, palm = source.tokenizer(), source.palm().to(device)
-    reward_run = RunDirectory(options.reward)
-    reward_model = reward_run.reward_model().to(device)
-    if reward_model.palm.num_tokens != palm.num_tokens:
-        raise ValueError(
-            f"model and reward model have different tokenizers ({palm.num_tokens} and "
-            f"{reward_model.palm.num_tokens} tokens): train the reward model from the same pretrained run"
-        )
+    reward = text_reward(options.reward, device, options.whole_text, options.max_seq_len)
     ids, _ = prompt_batch(tokenizer, prompt_texts(options), "cpu")
     log = directory.start("ppo", where.resume, options=options, learning=learning)
     tokenizer.save(directory.path)
     trainer = RLHFTrainer(
         palm=palm,
-        reward_model=reward_model,
+        reward_model=reward,
         prompt_token_ids=ids,
         pad_value=tokenizer.pad_id,
         tokenizer=tokenizer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import RunOptions
-from palm_rlhf_pytorch.data import Rating, first_words, read_pairs, read_ratings, split_holdout
+from palm_rlhf_pytorch.cli.common import ModelOptions, RunOptions, TokenizerOptions
+from palm_rlhf_pytorch.data import Pair, Rating, first_words, read_pairs, read_ratings, split_holdout
 from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.rating import (
@@ -25,7 +25,7 @@ class RewardOptions:
     """What to learn, and from what model"""
 
     data: str = required("ratings {prompt, response, rating} or {text, rating}; or pairs {prompt, chosen, rejected}")
-    model: str = required("directory of a pretrained run")
+    model: str | None = option(None, "directory of a pretrained run to start from (default: a new, small model)")
     out: str = option("runs/reward", "directory of the run")
     pairs: bool = option(False, "the data are choices between two responses (Bradley-Terry)")
     held_out: float = option(0.1, "share of the data kept for evaluation")
@@ -44,10 +44,20 @@ def opened(rating: Rating, words: int) -> Rating:
     return Rating(prompt, response, rating.rating)
 
 
-def run(options: RewardOptions, ratings: RatingOptions, fit: FitOptions, where: RunOptions) -> Path:
+def texts_of(items: list[Rating] | list[Pair]) -> list[str]:
+    return [item.prompt + (item.chosen if isinstance(item, Pair) else item.response) for item in items]
+
+
+def run(
+    options: RewardOptions,
+    ratings: RatingOptions,
+    fit: FitOptions,
+    words: TokenizerOptions,
+    sizes: ModelOptions,
+    where: RunOptions,
+) -> Path:
     device = where.start(ratings.seed)
-    source, directory = RunDirectory(options.model), RunDirectory(options.out)
-    tokenizer, palm = source.tokenizer(), source.palm().to(device)
+    directory = RunDirectory(options.out)
     items = read_pairs(options.data) if options.pairs else read_ratings(options.data)
     train, held_out = split_holdout(items, options.held_out, ratings.seed) if options.held_out else (items, [])
     scale = None
@@ -55,7 +65,15 @@ def run(options: RewardOptions, ratings: RatingOptions, fit: FitOptions, where: 
         if ratings.bins:
             scale = Scale.of([r.rating for r in train], ratings.bins, ratings.edges)
         train, held_out = ([opened(r, options.prompt_words) for r in part] for part in (train, held_out))
-    log = directory.start("reward", where.resume, options=options, ratings=ratings, fit=fit)
+    given = {"options": options, "ratings": ratings, "fit": fit, "tokenizer": words, "model": sizes}
+    log = directory.start("reward", where.resume, **given)
+    if options.model is not None:
+        source = RunDirectory(options.model)
+        tokenizer, palm = source.tokenizer(), source.palm()
+    else:
+        tokenizer = directory.tokenizer() if where.resume else words.new(texts_of(train))
+        palm = sizes.new(tokenizer)
+    palm.to(device)
     tokenizer.save(directory.path)
     model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder)
     if scale is not None:
@@ -74,4 +92,4 @@ def run(options: RewardOptions, ratings: RatingOptions, fit: FitOptions, where: 
     return directory.path
 
 
-OPTIONS = (RewardOptions, RatingOptions, FitOptions, RunOptions)
+OPTIONS = (RewardOptions, RatingOptions, FitOptions, TokenizerOptions, ModelOptions, RunOptions)

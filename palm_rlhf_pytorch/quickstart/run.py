@@ -28,12 +28,12 @@ MAX_SEQ_LEN = 96  # bytes; the longest review has 75
 PALM_SIZES = dict(dim=128, depth=3, heads=4, dim_head=32, flash_attn=True)
 PPO_SETTINGS = dict(
     actor_lora_r=16,
-    actor_lr=2e-3,
+    actor_lr=1e-3,
     critic_lr=2e-3,
     critic_num_pred_bins=1,
     critic_pooled_values=False,
-    kl_div_loss_weight=0.05,
-    beta_s=0.0,
+    kl_div_loss_weight=0.15,
+    beta_s=0.01,
     minibatch_size=32,
     epochs=2,
     max_norm=1.0,
@@ -49,9 +49,9 @@ class QuickstartOptions:
     device: str = option("auto", "cpu, cuda, or auto")
     corpus_size: int = option(20000, "reviews to pretrain on")
     rated: int = option(4000, "reviews with a noisy rating for the reward model; a tenth is held out")
-    pretrain_steps: int = option(1000, "steps of pretraining")
-    reward_steps: int = option(300, "steps of the reward model")
-    ppo_updates: int = option(40, "updates of PPO")
+    pretrain_steps: int = option(1600, "steps of pretraining")
+    reward_steps: int = option(250, "steps of the reward model")
+    ppo_updates: int = option(30, "updates of PPO")
     samples: int = option(500, "samples to judge before and after")
 
 
