@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def choose_device(name: str) -> torch.device:
     """'auto' takes a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is auto, cpu or cuda, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if name not in DEVICES:
+        raise ValueError(f"the device is one of {', '.join(DEVICES)}, got {name!r} (CUDA_VISIBLE_DEVICES picks a GPU)")
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but torch sees no CUDA GPU here; use --device cpu")
-    return device
+    return torch.device(name)
 
 
 def accelerate_keywords(device: torch.device) -> dict[str, bool]:

@@ -39,7 +39,9 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, defaults: Mapping
         for field in dataclasses.fields(cls):
             if field.name not in seen:
                 default = defaults.get(field.name, field.default)
-                group.add_argument("--" + field.name.replace("_", "-"), **_settings(field, hints[field.name], default))
+                settings = _settings(field, hints[field.name], default)
+                # help is set last: before 3.13 BooleanOptionalAction adds its own default to it
+                group.add_argument("--" + field.name.replace("_", "-"), **settings).help = settings["help"]
                 seen.add(field.name)
 
 

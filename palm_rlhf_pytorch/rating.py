@@ -25,10 +25,10 @@ Batch = tuple[Tensor, Tensor, Tensor]  # ids (b, n), mask (b, n), prompt_mask (b
 class RatingOptions:
     """How ratings are learned from."""
 
-    bins: int = option(5, "classes of ratings; 0 predicts a scalar with mean squared error")
+    bins: int = option(5, "classes of ratings; 0 predicts a scalar with mean squared error", least=0)
     edges: tuple[float, ...] = option((), "edges between bins (default: between whole ratings, or quantiles)")
-    max_len: int = option(512, "tokens of prompt and response together")
-    batch_size: int = option(32, "sequences (or pairs) of a batch")
+    max_len: int = option(512, "tokens of prompt and response together", least=2)
+    batch_size: int = option(32, "sequences (or pairs) of a batch", least=1)
     token_dropout: float = option(0.0, "share of tokens left out of each text while training")
     seed: int = option(0, "seed of head, split and batches")
 
@@ -221,7 +221,7 @@ def new_reward_model(
 ) -> RewardModel:
     """A reward model on a language model's weights; `causal=False` makes an encoder of them."""
     if not causal:
-        encoder = PaLM(**{**palm.config, "causal": False, "use_xpos": palm.rotary_emb.use_xpos})
+        encoder = PaLM(**{**palm.whole_config, "causal": False, "use_xpos": palm.rotary_emb.use_xpos})
         encoder.load_state_dict(palm.state_dict())
         palm = encoder
     values = None if scale is None else list(scale.values)

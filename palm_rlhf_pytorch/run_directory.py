@@ -48,34 +48,48 @@ class RunDirectory:
     def state(self) -> Path:
         return self / "state.pt"
 
-    def start(self, command: str, resume: bool, **options: Any) -> MetricsLog:
-        """Write config.json and open the metrics. A run that is there already is only gone on with on request."""
-        config = {
-            "command": command,
-            "version": __version__,
-            **{name: dataclasses.asdict(value) for name, value in options.items()},
-        }
-        there = self / "config.json"
-        if there.is_file() and not resume:
+    def claim(self, resume: bool) -> None:
+        """Refuse a directory that another run is in, before any work is done. Gone on with it is only on request."""
+        there = (self / "config.json").is_file()
+        if there and not resume:
             raise FileExistsError(f"{str(self.path)!r} already holds a run: add --resume, or choose another --out")
-        if resume and not there.is_file():
+        if resume and not there:
             raise FileNotFoundError(f"there is no run in {str(self.path)!r} to resume")
+
+    def has_state(self) -> bool:
+        """Whether there is a checkpoint to go on from; says so where there is none."""
+        if not self.state.is_file():
+            print(f"{str(self.path)!r} holds no checkpoint yet: starting from the beginning")
+        return self.state.is_file()
+
+    def start(self, command: str, resume: bool, tokenizer: Tokenizer, **options: Any) -> MetricsLog:
+        """Write the tokenizer and config.json, and open the metrics."""
+        self.claim(resume)
+        groups = {name: dataclasses.asdict(value) for name, value in options.items()}
         if resume:
-            self._say_changes(config)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(there, config)
+            self._say_changes(command, groups)
+        tokenizer.save(self.path)
+        write_json(self / "config.json", {"command": command, "version": __version__, **groups})
         return MetricsLog(self / "metrics.jsonl")
 
-    def _say_changes(self, config: dict[str, Any]) -> None:
-        before = self.config()
-        for group, options in config.items():
-            for name, value in options.items() if isinstance(options, dict) else ():
-                old = before.get(group, {}).get(name)
-                if old != json.loads(json.dumps(value)):
-                    print(f"resuming with --{name.replace('_', '-')} {value} (was {old})")
+    def _say_changes(self, command: str, groups: dict[str, dict[str, Any]]) -> None:
+        before = self.options(command)
+        for name, value in (item for options in groups.values() for item in options.items()):
+            if before.get(name) != json.loads(json.dumps(value)):
+                print(f"resuming with --{name.replace('_', '-')} {value} (was {before.get(name)})")
 
-    def config(self) -> dict[str, Any]:
-        return json.loads((self / "config.json").read_text(encoding="utf-8"))
+    def options(self, command: str) -> dict[str, Any]:
+        """All options that a run of this command was started with."""
+        there = self / "config.json"
+        if not there.is_file():
+            raise FileNotFoundError(f"there is no run in {str(self.path)!r} to resume")
+        try:
+            config = json.loads(there.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(there)!r} is not JSON ({error})") from None
+        if config["command"] != command:
+            raise ValueError(f"{str(self.path)!r} holds a run of {config['command']}, not of {command}")
+        return {name: value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
 
     def tokenizer(self) -> Tokenizer:
         self._need(self / "config.json", "a run")

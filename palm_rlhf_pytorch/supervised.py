@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
-from palm_rlhf_pytorch.state import load_state, save_state
+from palm_rlhf_pytorch.state import load_state, random_state, save_state, set_random_state
 
 KIND = "supervised"
 
@@ -27,14 +29,14 @@ KIND = "supervised"
 class FitOptions:
     """How a model is fitted. The learning rate warms up, then falls along a cosine to a tenth."""
 
-    steps: int = option(1000, "optimiser steps")
+    steps: int = option(1000, "optimiser steps", least=1)
     lr: float = option(1e-3, "highest learning rate")
-    warmup: int = option(50, "steps until the learning rate is reached")
+    warmup: int = option(50, "steps until the learning rate is reached", least=0)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
     max_norm: float = option(1.0, "gradient norm to clip at")
-    log_every: int = option(10, "steps between lines in metrics.jsonl")
-    eval_every: int = option(200, "steps between evaluations on what is held out")
-    save_every: int = option(500, "steps between checkpoints to resume from")
+    log_every: int = option(10, "steps between lines in metrics.jsonl", least=1)
+    eval_every: int = option(200, "steps between evaluations on what is held out", least=1)
+    save_every: int = option(500, "steps between checkpoints to resume from", least=1)
 
 
 class LossModule(nn.Module):
@@ -82,53 +84,62 @@ def fit(
     """Minimise loss_of(model, batch) over `batches`, and return the history of metrics.
 
     batches must come in the same order when made again: a resumed run passes over those already seen and takes the
-    same next step. Batches are tensors, or tuples of them, and are moved to the accelerator's device.
+    same next step. Batches are tensors, or tuples of them, and are moved to the accelerator's device. Ctrl-C lets the
+    step under way end and writes the checkpoint. Losses in the history are means over the steps since the last line.
     """
     accelerator = accelerator or Accelerator()
     log = log or MetricsLog()
     module = LossModule(model, loss_of).to(accelerator.device)
     groups = decayed_groups(list(model.parameters()) if parameters is None else parameters, options.weight_decay)
     module, optimizer = accelerator.prepare(module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95)))
-    start = 0
+    start, losses = 0, []  # losses: of the steps since the last line
     if resume and checkpoint is not None and Path(checkpoint).is_file():
-        start = _restore(load_state(checkpoint, KIND), model, optimizer, log)
+        start, losses = _restore(checkpoint, model, optimizer, log)
         batches = islice(batches, start, None)
 
-    bar = tqdm(
-        total=options.steps,
-        initial=start,
-        desc=description,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    clock, shown = time.perf_counter(), {}
-    for step in range(start, options.steps):
-        module.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
-        loss = module(to_device(next(batches), accelerator.device))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(module.parameters(), options.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(total=options.steps, initial=start, desc=description, unit="step", disable=quiet)
+    clock, since, shown = time.perf_counter(), start, {}
+    with Interrupts() as interrupts, bar:
+        for step in range(start, options.steps):
+            module.train()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, options)
+            loss = module(to_device(next(batches), accelerator.device))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(module.parameters(), options.max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
 
-        done, row = step + 1, {}
-        if done % options.log_every == 0 or done == options.steps:
-            now = time.perf_counter()
-            rate = options.log_every / (now - clock)
-            row = {"loss": loss.item(), "lr": learning_rate(step, options), "steps_per_second": rate}
-            clock = now
-        if evaluate is not None and (done % options.eval_every == 0 or done == options.steps):
-            module.eval()
-            row.update(evaluate())
-        if row:
-            log.append({"step": done, **row})
-            shown.update({k: f"{v:.3g}" for k, v in row.items() if k not in ("lr", "steps_per_second")})
-            bar.set_postfix(shown, refresh=False)
-        bar.update()
-        if checkpoint is not None and (done % options.save_every == 0 or done == options.steps):
-            _save(checkpoint, done, model, optimizer, log)
-    bar.close()
+            done, row = step + 1, {}
+            last = done == options.steps
+            if done % options.log_every == 0 or last:
+                mean = fmean(map(float, losses))
+                if not math.isfinite(mean):
+                    raise ValueError(f"the loss is {mean} at step {done}: a lower learning rate may help")
+                now = time.perf_counter()
+                row = {
+                    "loss": mean,
+                    "lr": learning_rate(step, options),
+                    "steps_per_second": (done - since) / (now - clock),
+                }
+                clock, since, losses = now, done, []
+            if evaluate is not None and (done % options.eval_every == 0 or last):
+                module.eval()
+                paused = time.perf_counter()
+                row.update(evaluate())
+                clock += time.perf_counter() - paused
+            if row:
+                log.append({"step": done, **row})
+                shown.update({k: f"{v:.3g}" for k, v in row.items() if k not in ("lr", "steps_per_second")})
+                bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if checkpoint is not None and (interrupts.asked or done % options.save_every == 0 or last):
+                _save(checkpoint, done, losses, model, optimizer, log)
+            if interrupts.asked:
+                kept = "" if checkpoint is None else f"; {str(checkpoint)!r} holds it, --resume goes on from there"
+                raise KeyboardInterrupt(f"stopped after step {done}{kept}")
     model.eval()
     return log.history
 
@@ -140,14 +151,29 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch if batch is None else batch.to(device)
 
 
-def _save(path: str | Path, step: int, model: nn.Module, optimizer: Any, log: MetricsLog) -> None:
-    state = {"kind": KIND, "step": step, "weights": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_state(path, {**state, "random": torch.get_rng_state(), "history": log.history})
+def _save(path: str | Path, step: int, losses: list[Tensor], model: nn.Module, optimizer: Any, log: MetricsLog) -> None:
+    state = {
+        "kind": KIND,
+        "step": step,
+        "losses": [t.cpu() for t in losses],
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": random_state(),
+        "history": log.history,
+    }
+    save_state(path, state)
 
 
-def _restore(state: dict[str, Any], model: nn.Module, optimizer: Any, log: MetricsLog) -> int:
-    model.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
+def _restore(path: str | Path, model: nn.Module, optimizer: Any, log: MetricsLog) -> tuple[int, list[Tensor]]:
+    """-> steps done, and losses not yet logged."""
+    state = load_state(path, KIND)
+    try:
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"{str(path)!r} is of another model: resume with the sizes that the run started with"
+        ) from None
+    set_random_state(state["random"])
     log.restore(state["history"])
-    return state["step"]
+    return state["step"], state["losses"]

@@ -45,12 +45,18 @@ def test_the_real_ratings_script_runs(tmp_path):
             str(data),
             *("--out", str(tmp_path / "runs"), "--samples", "10"),
             *("--pretrain", f"--tokenizer bpe --vocab-size 300 {small} --steps 3"),
-            *("--reward", f"--tokenizer bpe --vocab-size 300 {small} --encoder --no-lora --bins 0 --steps 3"),
-            *("--reward-too", f"{small} --encoder --no-lora --bins 5 --steps 3"),
+            *(
+                "--reward",
+                f"--tokenizer bpe {small} --encoder --no-lora --bins 0 --steps 3",
+                "--vocabularies",
+                "300",
+                "320",
+            ),
             *("--ppo", "--prompt-words 3 --whole-text --updates 1 --rollouts 8 --max-seq-len 24"),
         ]
     )
-    assert set(result) >= {"spearman", "spearman_ridge", "gain_in_deviations", "distinct_2_kept"}
+    assert set(result["spearman"]) == {"reward-300", "reward-320", "mean of the reward models", "TF-IDF ridge"}
+    assert set(result) >= {"gain_in_deviations", "distinct_2_kept"}
     assert (tmp_path / "runs" / "table.json").is_file()
     assert (tmp_path / "runs" / "ppo" / "model.safetensors").is_file()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 from palm_rlhf_pytorch.flags import add_flags, from_flags
 from palm_rlhf_pytorch.version import __version__
@@ -20,15 +22,22 @@ COMMANDS = {
 }
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with one sentence, not with all flags there are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists all)\n")
+
+
+def build_parser(only: str | None = None, defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     """The parser; with `only`, just that command's flags are made (the others would be imported for nothing)."""
-    parser = argparse.ArgumentParser(prog="palm-rlhf", description="RLHF end to end on the PaLM architecture.")
+    parser = Parser(prog="palm-rlhf", description="RLHF end to end on the PaLM architecture.")
     parser.add_argument("--version", action="version", version=f"palm-rlhf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if name == only:
-            add_flags(command, *options_of(name))
+            add_flags(command, *options_of(name), defaults=defaults)
     return parser
 
 
@@ -40,19 +49,30 @@ def runner_of(name: str) -> Callable[..., object]:
     return import_module(f"palm_rlhf_pytorch.cli.{name}").run
 
 
+def remembered(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What the run that --resume goes on with was started with: only flags that change need to be given again."""
+    fields = {field.name: field for cls in options_of(name) for field in dataclasses.fields(cls)}
+    if "--resume" not in arguments or "resume" not in fields:
+        return {}
+    run_directory = import_module("palm_rlhf_pytorch.run_directory")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--out", default=fields["out"].default)
+    return run_directory.RunDirectory(early.parse_known_args(arguments)[0].out).options(name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence on stderr, with exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in arguments if word in COMMANDS), None)
-    namespace = build_parser(name).parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     try:
+        namespace = build_parser(name, name and remembered(name, arguments)).parse_args(arguments)
         runner_of(name)(*(from_flags(cls, namespace) for cls in options_of(name)))
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"palm-rlhf {name}: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\npalm-rlhf {name}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\npalm-rlhf {name}: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
     return 0

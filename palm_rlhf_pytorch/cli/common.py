@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from palm_rlhf_pytorch.devices import choose_device
+from palm_rlhf_pytorch.devices import DEVICES, choose_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.run_directory import RunDirectory
@@ -20,11 +20,14 @@ class RunOptions:
     """Where and how to run"""
 
     resume: bool = option(False, "go on with the run in --out from its last checkpoint")
-    device: str = option("auto", "cpu, cuda, or auto")
+    device: str = option("auto", "where to compute; auto takes a GPU where there is one", choices=DEVICES)
 
-    def start(self, seed: int) -> torch.device:
+    def start(self, out: str, seed: int) -> tuple[RunDirectory, torch.device]:
+        """The run's directory, which is free or to be gone on with, and the device; everything random is seeded."""
+        directory = RunDirectory(out)
+        directory.claim(self.resume)
         torch.manual_seed(seed)
-        return choose_device(self.device)
+        return directory, choose_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class TokenizerOptions:
     """How text becomes tokens, for a new model"""
 
     tokenizer: str = option("byte", "byte, bpe (trained on the data), or the path of a tokenizer")
-    vocab_size: int = option(4096, "tokens of a new bpe")
+    vocab_size: int = option(4096, "tokens of a new bpe", least=259)
     lowercase: bool = option(False, "lowercase text for a new bpe")
 
     def new(self, texts: Sequence[str]) -> Tokenizer:
@@ -47,11 +50,11 @@ class TokenizerOptions:
 class ModelOptions:
     """The model's sizes"""
 
-    dim: int = option(256, "width")
-    depth: int = option(4, "layers")
-    heads: int = option(4, "query heads")
-    dim_head: int = option(64, "width of a head")
-    kv_heads: int = option(1, "key/value heads")
+    dim: int = option(256, "width", least=1)
+    depth: int = option(4, "layers", least=1)
+    heads: int = option(4, "query heads", least=1)
+    dim_head: int = option(64, "width of a head", least=1)
+    kv_heads: int = option(1, "key/value heads", least=1)
     ff_mult: float = option(4.0, "feedforward width over model width")
     attn_dropout: float = option(0.0, "dropout of attention weights")
     ff_dropout: float = option(0.0, "dropout inside the feedforward")

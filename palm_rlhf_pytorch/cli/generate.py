@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from palm_rlhf_pytorch.cli.common import text_reward
-from palm_rlhf_pytorch.devices import choose_device
+from palm_rlhf_pytorch.devices import DEVICES, choose_device
 from palm_rlhf_pytorch.evaluation import prompt_batch
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.generation import repeat_prompts
@@ -27,13 +27,13 @@ class GenerateOptions:
         (), "reward runs: the best of --num-samples by their mean is shown, with its score"
     )
     whole_text: bool = option(False, "rate prompt and response as one text (for rewards learned on texts alone)")
-    num_samples: int = option(1, "completions to draw")
-    max_new_tokens: int = option(200, "tokens of a completion at most")
+    num_samples: int = option(1, "completions to draw", least=1)
+    max_new_tokens: int = option(200, "tokens of a completion at most", least=1)
     temperature: float = option(1.0, "0 takes the likeliest token")
     top_k: int | None = option(None, "draw from that many of the likeliest tokens")
     top_p: float | None = option(None, "draw from the likeliest tokens of that probability together")
     seed: int | None = option(None, "seed (default: different every time)")
-    device: str = option("auto", "cpu, cuda, or auto")
+    device: str = option("auto", "where to compute; auto takes a GPU where there is one", choices=DEVICES)
 
 
 def pieces(palm: PaLM, tokenizer: Tokenizer, prompt: str, options: GenerateOptions) -> Iterator[str]:
@@ -84,8 +84,6 @@ def ranked(
 
 
 def run(options: GenerateOptions) -> None:
-    if options.num_samples < 1:
-        raise ValueError(f"--num-samples must be 1 or more, got {options.num_samples}")
     device = choose_device(options.device)
     source = RunDirectory(options.model)
     palm, tokenizer = source.palm().to(device), source.tokenizer()
@@ -112,16 +110,17 @@ def run(options: GenerateOptions) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines from the terminal (or a pipe) until an empty one or the end."""
+    """Lines from the terminal until an empty one or the end; those of a pipe that are not empty."""
     terminal = sys.stdin.isatty()
     while True:
         try:
             line = input("> " if terminal else "")
         except EOFError:
             return
-        if not line:
+        if line:
+            yield line
+        elif terminal:
             return
-        yield line
 
 
 OPTIONS = (GenerateOptions,)

@@ -10,7 +10,6 @@ from palm_rlhf_pytorch.data import read_texts
 from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, split_texts, train_language_model
-from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.supervised import FitOptions
 
 
@@ -31,18 +30,15 @@ def run(
     fit: FitOptions,
     where: RunOptions,
 ) -> Path:
-    device = where.start(corpus_options.seed)
+    directory, device = where.start(options.out, corpus_options.seed)
     texts, held_out = split_texts(
         read_texts(options.data, lines=options.lines), corpus_options.held_out, corpus_options.seed
     )
-    directory = RunDirectory(options.out)
-    log = directory.start(
-        "pretrain", where.resume, options=options, tokenizer=words, model=model, corpus=corpus_options, fit=fit
-    )
     tokenizer = directory.tokenizer() if where.resume else words.new(texts)
-    tokenizer.save(directory.path)
     palm = model.new(tokenizer).to(device)
     corpus = build_corpus(texts, held_out, tokenizer, corpus_options)
+    given = {"options": options, "words": words, "model": model, "corpus": corpus_options, "fit": fit}
+    log = directory.start("pretrain", where.resume, tokenizer, **given)
     print(f"{sum(p.numel() for p in palm.parameters()):,} parameters, {tokenizer.num_tokens:,} tokens, on {device}")
     train_language_model(
         palm,
@@ -51,7 +47,7 @@ def run(
         corpus_options.batch_size,
         log=log,
         checkpoint=directory.state,
-        resume=where.resume,
+        resume=where.resume and directory.has_state(),
         accelerator=accelerator_on(device),
     )
     palm.save(directory.weights)

@@ -29,9 +29,9 @@ class RewardOptions:
     out: str = option("runs/reward", "directory of the run")
     pairs: bool = option(False, "the data are choices between two responses (Bradley-Terry)")
     held_out: float = option(0.1, "share of the data kept for evaluation")
-    prompt_words: int = option(0, "how many first words of a {text} are its prompt")
+    prompt_words: int = option(0, "how many first words of a {text} are its prompt", least=0)
     lora: bool = option(True, "train adapters only, not the whole model")
-    lora_r: int = option(8, "rank of the adapters")
+    lora_r: int = option(8, "rank of the adapters", least=1)
     dropout: float = option(0.1, "dropout while training")
     encoder: bool = option(False, "let the reward model see the future (a causal=False copy)")
 
@@ -56,8 +56,7 @@ def run(
     sizes: ModelOptions,
     where: RunOptions,
 ) -> Path:
-    device = where.start(ratings.seed)
-    directory = RunDirectory(options.out)
+    directory, device = where.start(options.out, ratings.seed)
     items = read_pairs(options.data) if options.pairs else read_ratings(options.data)
     train, held_out = split_holdout(items, options.held_out, ratings.seed) if options.held_out else (items, [])
     scale = None
@@ -65,21 +64,24 @@ def run(
         if ratings.bins:
             scale = Scale.of([r.rating for r in train], ratings.bins, ratings.edges)
         train, held_out = ([opened(r, options.prompt_words) for r in part] for part in (train, held_out))
-    given = {"options": options, "ratings": ratings, "fit": fit, "tokenizer": words, "model": sizes}
-    log = directory.start("reward", where.resume, **given)
     if options.model is not None:
         source = RunDirectory(options.model)
         tokenizer, palm = source.tokenizer(), source.palm()
     else:
         tokenizer = directory.tokenizer() if where.resume else words.new(texts_of(train))
         palm = sizes.new(tokenizer)
-    palm.to(device)
-    tokenizer.save(directory.path)
-    model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder)
+    model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder).to(device)
+    given = {"options": options, "ratings": ratings, "fit": fit, "words": words, "model": sizes}
+    log = directory.start("reward", where.resume, tokenizer, **given)
     if scale is not None:
         worth = ", ".join(f"{value:.3g}" for value in scale.values)
         print(f"bins divided at {', '.join(f'{e:.3g}' for e in scale.edges)} are worth {worth}")
-    keywords = dict(log=log, checkpoint=directory.state, resume=where.resume, accelerator=accelerator_on(device))
+    keywords = dict(
+        log=log,
+        checkpoint=directory.state,
+        resume=where.resume and directory.has_state(),
+        accelerator=accelerator_on(device),
+    )
     if options.pairs:
         history = train_on_pairs(model, train, held_out, tokenizer, ratings, fit, **keywords)
     else:

@@ -43,6 +43,12 @@ def stars(text: str) -> str:
     return " -  " if rating is None else f"{rating:4.2f}"
 
 
+def sample_cells(prompt: str, response: str) -> str:
+    """A sample and its true stars, as cells of a row."""
+    text = f"<span class=prompt>{html.escape(prompt)}</span>{html.escape(response)}"
+    return f"<td>{text}</td><td class=n>{stars(prompt + response)}</td>"
+
+
 def write_report(
     path: Path,
     table: Table,
@@ -63,9 +69,7 @@ def write_report(
         for name, value in held_out.items()
     ]
     examples = [
-        f"<tr><td><span class=prompt>{html.escape(prompt)}</span>{html.escape(old)}</td>"
-        f"<td class=n>{stars(prompt + old)}</td><td><span class=prompt>{html.escape(prompt)}</span>{html.escape(new)}</td>"
-        f"<td class=n>{stars(prompt + new)}</td></tr>"
+        f"<tr>{sample_cells(prompt, old)}{sample_cells(prompt, new)}</tr>"
         for prompt, old, new in list(zip(before.prompts, before.responses, after.responses, strict=True))[:24]
     ]
     pictures = [

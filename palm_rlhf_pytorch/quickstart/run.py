@@ -9,11 +9,10 @@ from statistics import fmean
 import torch
 
 from palm_rlhf_pytorch.data import Rating, rounding_edges
-from palm_rlhf_pytorch.devices import accelerate_keywords, accelerator_on, choose_device
+from palm_rlhf_pytorch.devices import DEVICES, accelerate_keywords, accelerator_on, choose_device
 from palm_rlhf_pytorch.evaluation import Samples, distinct_n, prompt_batch, sample
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, split_texts, train_language_model
-from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.quickstart import grammar
@@ -22,6 +21,7 @@ from palm_rlhf_pytorch.rating import RatingOptions, Scale, new_reward_model, tra
 from palm_rlhf_pytorch.reward import RewardModel
 from palm_rlhf_pytorch.run_directory import RunDirectory, fresh_directory
 from palm_rlhf_pytorch.supervised import FitOptions
+from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 MAX_SEQ_LEN = 96  # bytes; the longest review has 75
@@ -46,7 +46,7 @@ class QuickstartOptions:
 
     out: str = option("runs/quickstart", "directory of the runs and the report")
     seed: int = option(0, "seed of everything")
-    device: str = option("auto", "cpu, cuda, or auto")
+    device: str = option("auto", "where to compute; auto takes a GPU where there is one", choices=DEVICES)
     corpus_size: int = option(20000, "reviews to pretrain on")
     rated: int = option(4000, "reviews with a noisy rating for the reward model; a tenth is held out")
     pretrain_steps: int = option(1600, "steps of pretraining")
@@ -59,10 +59,7 @@ def judge(samples: Samples, reward_model: RewardModel, tokenizer: ByteTokenizer)
     """What the grammar itself thinks of samples; the reward model's opinion only stands beside it."""
     stars = [grammar.rate(text) for text in samples.texts]
     accepted = [s for s in stars if s is not None]
-    ids, lengths = prompt_batch(tokenizer, samples.texts, reward_model.palm.device)
-    n = torch.arange(ids.shape[1], device=ids.device)
-    _, prompt_lengths = prompt_batch(tokenizer, samples.prompts, ids.device)
-    scores = reward_model.score(ids, n < prompt_lengths[:, None], n < lengths[:, None])
+    scores = TextReward([(reward_model, tokenizer)])(samples.prompts, samples.responses)
     return {
         "true rating (1-5)": fmean(accepted) if accepted else float("nan"),
         "accepted by the grammar": len(accepted) / len(stars),
@@ -79,12 +76,11 @@ def pretrain(options: QuickstartOptions, run: RunDirectory, tokenizer: ByteToken
     texts = [review.text for review in grammar.corpus(options.corpus_size, options.seed)]
     corpus_options = CorpusOptions(seq_len=MAX_SEQ_LEN, batch_size=32, held_out=0.02, seed=options.seed)
     fit_options = FitOptions(steps=options.pretrain_steps, lr=4e-3, warmup=30, eval_every=200)
-    log = run.start("quickstart pretrain", False, corpus=corpus_options, fit=fit_options)
+    log = run.start("quickstart pretrain", False, tokenizer, corpus=corpus_options, fit=fit_options)
     corpus = build_corpus(*split_texts(texts, corpus_options.held_out, options.seed), tokenizer, corpus_options)
     palm = PaLM(num_tokens=tokenizer.num_tokens, **PALM_SIZES).to(device)
     accelerator = accelerator_on(device)
     train_language_model(palm, corpus, fit_options, corpus_options.batch_size, log=log, accelerator=accelerator)
-    tokenizer.save(run.path)
     palm.save(run.weights)
     run.finish(log, "pretrain")
     return palm
@@ -112,13 +108,12 @@ def train_reward(
     scale = Scale.of([r.rating for r in train], bins=5, edges=rounding_edges(1, 5))
     rating_options = RatingOptions(max_len=MAX_SEQ_LEN, batch_size=32, seed=options.seed)
     fit_options = FitOptions(steps=options.reward_steps, lr=1e-3, warmup=30, eval_every=options.reward_steps)
-    log = run.start("quickstart reward", False, ratings=rating_options, fit=fit_options)
+    log = run.start("quickstart reward", False, tokenizer, ratings=rating_options, fit=fit_options)
     reward_model = new_reward_model(palm, scale, dropout=0.0, lora=False, lora_r=8)
     accelerator = accelerator_on(palm.device)
     history = train_on_ratings(
         reward_model, train, held_out, tokenizer, scale, rating_options, fit_options, log=log, accelerator=accelerator
     )
-    tokenizer.save(run.path)
     reward_model.save(run.reward_weights)
     run.finish(log, "reward")
     return reward_model, {k: v for k, v in history[-1].items() if k.startswith("held_out")}
@@ -131,7 +126,7 @@ def improve(
     rng = random.Random(options.seed + 2)
     prompts = sorted({grammar.sample_prompt(rng) for _ in range(2000)})
     ids, _ = prompt_batch(tokenizer, prompts, "cpu")
-    log: MetricsLog = run.start("quickstart ppo", False, options=options)
+    log = run.start("quickstart ppo", False, tokenizer, options=options)
     trainer = RLHFTrainer(
         palm=palm,
         reward_model=reward_model,
@@ -151,7 +146,6 @@ def improve(
         eos_token=tokenizer.eos_id,
     )
     policy = trainer.merged_policy()
-    tokenizer.save(run.path)
     policy.save(run.weights)
     run.finish(trainer.metrics, "ppo")
     return policy
