@@ -1,8 +1,8 @@
-"""PaLM (Chowdhery et al., 2204.02311): parallel attention and SwiGLU feedforward from one fused projection."""
+"""PaLM (Chowdhery et al., 2204.02311): a language model, or an encoder, of parallel blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,129 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf_pytorch import generation
-from palm_rlhf_pytorch.attention import Attention, causal_key_mask
+from palm_rlhf_pytorch.attention import causal_key_mask
+from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.lora import LoRA
-from palm_rlhf_pytorch.rotary import RotaryEmbedding, Rotation
+from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
 
-# parts
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation without bias. The gain is gamma + 1, so weight decay pulls it to the identity."""
-
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.gamma = nn.Parameter(torch.zeros(dim))
-        self.register_buffer("beta", torch.zeros(dim))  # always 0; it is part of the weights' names
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.gamma + 1, self.beta, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """silu(second half) * first half (Shazeer, 2002.05202, eq. 6): (..., 2 f) -> (..., f)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.silu(gate) * x
-
-
-class Residual(nn.Module):
-    def __init__(self, fn: nn.Module):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        return x + self.fn(x, *args, **kwargs)
-
-
-class ParallelTransformerBlock(nn.Module):
-    """attention(norm x) + feedforward(norm x), q, k, v and feedforward from one bias-free projection."""
-
-    def __init__(
-        self,
-        dim: int,
-        dim_head: int = 64,
-        causal: bool = True,
-        heads: int = 8,
-        qk_rmsnorm: bool = False,
-        ff_mult: int | float = 4,
-        attn_dropout: float = 0.0,
-        ff_dropout: float = 0.0,
-        use_xpos: bool = True,
-        xpos_scale_base: float = 512,
-        flash_attn: bool = False,
-        *,
-        kv_heads: int = 1,
-        ff_inner_dim: int | None = None,
-        norm_eps: float = 1e-5,
-        rotary_emb: RotaryEmbedding | None = None,
-    ):
-        super().__init__()
-        ff_inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
-        attn_inner, kv_inner = dim_head * heads, dim_head * kv_heads
-        self.heads, self.kv_heads = heads, kv_heads
-        self.fused_dims = (attn_inner, kv_inner, kv_inner, 2 * ff_inner)
-        self.norm = LayerNorm(dim, norm_eps)
-        self.qk_rmsnorm = qk_rmsnorm
-        if qk_rmsnorm:
-            self.q_scale = nn.Parameter(torch.ones(dim_head))
-            self.k_scale = nn.Parameter(torch.ones(dim_head))
-        self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
-        self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
-        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
-        self.attn_out = nn.Linear(attn_inner, dim, bias=False)
-        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
-
-    def new_lora(self, r: int) -> nn.ModuleList:
-        """Adapters for q, k, v and the attention output."""
-        dim, (q, k, v, _) = self.attn_out.out_features, self.fused_dims
-        return nn.ModuleList([LoRA(dim, q, r), LoRA(dim, k, r), LoRA(dim, v, r), LoRA(q, dim, r)])
-
-    def merge_lora(self, lora: Iterable[LoRA]) -> None:
-        """Add the adapters to this block's weights, in place."""
-        *qkv, out = lora
-        update = torch.cat([adapter.weight for adapter in qkv], dim=-1).t()
-        self.fused_attn_ff_proj.weight.data[: update.shape[0]] += update
-        self.attn_out.weight.data += out.weight.t()
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        finetune_modules: Sequence[LoRA] | None = None,
-        *,
-        rotation: Rotation | None = None,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
-        x = self.norm(x)
-        q, k, v, ff = self.fused_attn_ff_proj(x).split(self.fused_dims, dim=-1)
-        if finetune_modules is not None:
-            lora_q, lora_k, lora_v, lora_out = finetune_modules
-            q, k, v = q + lora_q(x), k + lora_k(x), v + lora_v(x)
-
-        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
-        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.kv_heads) for t in (k, v))
-        if self.qk_rmsnorm:
-            q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
-        rotation = rotation or self.rotary_emb(x.shape[1])
-        q, k = rotation.rotate_queries(q), rotation.rotate_keys(k)
-        if remember is not None:
-            k, v = remember(k, v)
-
-        out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
-        attended = self.attn_out(out)
-        if finetune_modules is not None:
-            attended = attended + lora_out(out)
-        return attended + self.ff_out(ff)
-
-
-# the whole
+__all__ = ["LayerNorm", "PaLM", "ParallelTransformerBlock", "RotaryEmbedding", "SwiGLU"]
 
 
 class PaLM(nn.Module):

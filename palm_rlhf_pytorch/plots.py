@@ -24,7 +24,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, title: str, 
     across = min(4, max(1, len(panels)))
     down = max(1, -(-len(panels) // across))
     figure = figures.Figure(figsize=(3.4 * across, 2.5 * down))
-    axes = figure.subplots(down, across, squeeze=False).flat
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis, panel in zip(axes, panels, strict=False):
         drawn = [name for name in (panel, HELD_OUT + panel) if name in names]
         for name in drawn:
@@ -38,7 +38,7 @@ def plot_curves(rows: Sequence[dict[str, float]], path: str | Path, title: str, 
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title)
     figure.tight_layout()
