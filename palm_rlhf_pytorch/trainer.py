@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch import generation, resuming
 from palm_rlhf_pytorch.actor_critic import ActorCritic, PolicyOutput
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
-from palm_rlhf_pytorch.state import fingerprint, load_state, random_state, save_state, set_random_state
+from palm_rlhf_pytorch.state import fingerprint, load_state, save_state
 
 Metrics = dict[str, float]
-PROGRESS = ("step", "prompts_done", "score_shift", "score_scale")  # a trainer's counters
 
 
 class Algorithm(Protocol):
@@ -329,20 +328,8 @@ class OnPolicyTrainer:
 
     def save(self, filepath: str | Path = "./checkpoint.pt") -> None:
         """Write all that a resumed run needs: weights in training, optimiser, counters, random state, metrics."""
-        if not self.accelerate.is_main_process:
-            return
-        state = {
-            "kind": type(self.algorithm).__name__,
-            "weights": self._weights(),
-            "trunk": self._trunk,
-            "optimizer": self.optimizer.state_dict(),
-            "progress": {name: getattr(self, name) for name in PROGRESS},
-            "prompts": {"count": len(self.prompts), "queue": self.prompts.queue},
-            "order": self.order.get_state(),
-            "random": {"device": self.device.type, "generator": self.generator.get_state(), **random_state()},
-            "history": self.history,
-        }
-        save_state(filepath, state)
+        if self.accelerate.is_main_process:
+            save_state(filepath, resuming.state_of(self))
 
     def load(self, filepath: str | Path = "./checkpoint.pt") -> OnPolicyTrainer:
         """Take up what `save` wrote, in a trainer built the same way; the file's tensors are read, no code is run.
@@ -350,54 +337,21 @@ class OnPolicyTrainer:
         Where adapters are trained, palm must be the one that the run started from, which is checked. A policy trained
         as a whole comes with its frozen reference, so any palm of its sizes will do.
         """
-        state = load_state(filepath, type(self.algorithm).__name__)
-        own, saved = self._weights(), state["weights"]
-        shapes = [{name: t.shape for name, t in weights.items()} for weights in (own, saved)]
-        differ = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
-        if differ:
-            raise ValueError(f"{str(filepath)!r} is of a trainer built otherwise: for one, {differ[0]} differs")
-        if state["trunk"] != self._trunk:
-            raise ValueError(f"{str(filepath)!r} holds adapters to other frozen weights: give the palm it started from")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise ValueError(f"{str(filepath)!r} is of a trainer with another optimiser: {error}") from None
-        parts = self._parts()
-        weights = parts.state_dict()  # knows that ours wrote it, which a bare dict does not
-        weights.update(saved)
-        parts.load_state_dict(weights)
-        for name in PROGRESS:
-            setattr(self, name, state["progress"][name])
-        if state["prompts"]["count"] == len(self.prompts):  # other prompts start in an order of their own
-            self.prompts.queue = state["prompts"]["queue"]
-        self.order.set_state(state["order"])
-        if state["random"]["device"] == self.device.type:  # another kind of device draws other numbers anyway
-            self.generator.set_state(state["random"]["generator"])
-            set_random_state(state["random"])
-        self.metrics.restore(state["history"])
+        resuming.restore(self, load_state(filepath, type(self.algorithm).__name__), filepath)
         return self
 
-    def _parts(self) -> nn.ModuleDict:
+    def parts(self) -> nn.ModuleDict:
         """Policy and algorithm; and the frozen reference, where the policy is trained as a whole."""
         parts = {"learner": self.accelerate.unwrap_model(self.learner)}
         if self.actor_critic.actor_lora_scope is None:
             parts["reference"] = self.actor_critic.reference_palm
         return nn.ModuleDict(parts)
 
-    def _weights(self) -> dict[str, Tensor]:
-        """What training changes; with the reference also all that is frozen. A trunk under adapters is not written."""
-        parts = self._parts()
-        if "reference" in parts:
-            return parts.state_dict()
-        trained = {name for name, p in parts.named_parameters(remove_duplicate=False) if p.requires_grad}
-        kept = ("learner.algorithm.", *trained)
-        return {name: t for name, t in parts.state_dict().items() if name.startswith(kept)}
-
     @cached_property
-    def _trunk(self) -> str:
+    def trunk(self) -> str:
         """A hash of the frozen weights that a checkpoint leaves out."""
-        written = self._weights()
-        return fingerprint(p for name, p in self._parts().named_parameters() if name not in written)
+        written = resuming.written_weights(self.parts())
+        return fingerprint(p for name, p in self.parts().named_parameters() if name not in written)
 
 
 def mean_of(rows: Sequence[Metrics]) -> Metrics:
