@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,9 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of (n,) and (n,)."""
+    """Spearman's rank correlation of (n,) and (n,); NaN where there is nothing to order."""
+    if len(a) < 2:
+        return math.nan
     return float(torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1])
 
 

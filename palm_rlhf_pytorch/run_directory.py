@@ -50,11 +50,10 @@ class RunDirectory:
 
     def claim(self, resume: bool) -> None:
         """Refuse a directory that another run is in, before any work is done. Gone on with it is only on request."""
-        there = (self / "config.json").is_file()
-        if there and not resume:
+        if resume:
+            self._need(self / "config.json", "a run to resume")
+        elif (self / "config.json").is_file():
             raise FileExistsError(f"{str(self.path)!r} already holds a run: add --resume, or choose another --out")
-        if resume and not there:
-            raise FileNotFoundError(f"there is no run in {str(self.path)!r} to resume")
 
     def has_state(self) -> bool:
         """Whether there is a checkpoint to go on from; says so where there is none."""
@@ -81,14 +80,13 @@ class RunDirectory:
     def options(self, command: str) -> dict[str, Any]:
         """All options that a run of this command was started with."""
         there = self / "config.json"
-        if not there.is_file():
-            raise FileNotFoundError(f"there is no run in {str(self.path)!r} to resume")
+        self._need(there, "a run to resume")
         try:
             config = json.loads(there.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{str(there)!r} is not JSON ({error})") from None
-        if config["command"] != command:
-            raise ValueError(f"{str(self.path)!r} holds a run of {config['command']}, not of {command}")
+        if config.get("command") != command:
+            raise ValueError(f"{str(self.path)!r} holds a run of {config.get('command')}, not of {command}")
         return {name: value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
 
     def tokenizer(self) -> Tokenizer:

@@ -211,8 +211,11 @@ class OnPolicyTrainer:
 
     def roll_out(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
         """Answers to the next `count` prompts (this process's share of them), scored and judged."""
-        rows = self.prompts.draw(count, self.order)
-        rows = rows[self.accelerate.process_index :: self.accelerate.num_processes]
+        processes = self.accelerate.num_processes
+        if count < processes:
+            raise ValueError(f"update_timesteps={count} leaves some of {processes} processes without a prompt")
+        rows = self.prompts.draw(count // processes * processes, self.order)  # equal shares: gradients wait for all
+        rows = rows[self.accelerate.process_index :: processes]
         samples = self.algorithm.samples_per_prompt
         parts = []
         for start in range(0, len(rows), max_batch_size):
@@ -224,7 +227,7 @@ class OnPolicyTrainer:
                 part = roll_out(self.actor_critic, self.scorer, ids, lengths, groups, options, generator=self.generator)
                 parts.append(self.algorithm.judge(self.actor_critic, part))
             if bar is not None:
-                bar.update(len(some) * self.accelerate.num_processes)
+                bar.update(len(some) * processes)
         return self._scaled(Experience.cat(parts))
 
     def _scaled(self, experience: Experience) -> Experience:
@@ -247,10 +250,14 @@ class OnPolicyTrainer:
         for _ in range(self.options.epochs):
             epoch = [self._take_step(experience[rows], temperature) for rows in self._minibatches(experience.group_ids)]
             rows += epoch
-            if self.options.kl_stop is not None and mean_of(epoch)["approx_kl"] > self.options.kl_stop:
+            if self.options.kl_stop is not None and self._over_all(mean_of(epoch)["approx_kl"]) > self.options.kl_stop:
                 break
         self.learner.eval()
         return {**describe(experience), **mean_of(rows)}
+
+    def _over_all(self, value: float) -> float:
+        """The mean over processes, so that all take the same decision."""
+        return float(self.accelerate.reduce(torch.tensor(value, device=self.device), reduction="mean"))
 
     def _minibatches(self, group_ids: Tensor) -> Iterator[Tensor]:
         """Rows of shuffled minibatches; a group is never split."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.batches import (
+    bucketed_rows,
     document_batches,
+    encode_prompt,
     encode_response,
     next_token_batches,
     pack_documents,
@@ -19,7 +21,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_encode_response_truncates_the_prompt_first():
     tokenizer = ByteTokenizer()
-    prompt, response = tokenizer.encode("abcd"), [*tokenizer.encode("xyz"), tokenizer.eos_id]
+    prompt, response = encode_prompt(tokenizer, "abc"), [*tokenizer.encode("xyz"), tokenizer.eos_id]
     expected = {
         9: (prompt + response, 4),
         8: (prompt + response, 4),
@@ -29,15 +31,31 @@ def test_encode_response_truncates_the_prompt_first():
         2: (prompt[3:] + response[:1], 1),
     }
     for max_len, answer in expected.items():
-        assert encode_response(tokenizer, "abcd", "xyz", max_len) == answer
+        assert encode_response(tokenizer, "abc", "xyz", max_len) == answer
     with pytest.raises(ValueError, match="max_len"):
-        encode_response(tokenizer, "abcd", "xyz", 1)
+        encode_response(tokenizer, "abc", "xyz", 1)
 
 
-def test_encode_response_gives_an_empty_prompt_a_bos():
+def test_every_prompt_begins_with_bos():
     tokenizer = ByteTokenizer()
+    assert encode_prompt(tokenizer, "a") == [tokenizer.bos_id, 97 + 3]
+    assert encode_prompt(tokenizer, "") == [tokenizer.bos_id]
     assert encode_response(tokenizer, "", "x", 8) == ([tokenizer.bos_id, 120 + 3, tokenizer.eos_id], 1)
     assert encode_response(tokenizer, "", "", 8) == ([tokenizer.bos_id, tokenizer.eos_id], 1)
+
+
+class WordStart(ByteTokenizer):
+    """Writes a text's start as if a space stood before it."""
+
+    def encode_start(self, text):
+        return self.encode(" " + text) if text else []
+
+
+def test_only_the_start_of_a_text_is_encoded_as_one():
+    tokenizer = WordStart()
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert encode_response(tokenizer, "a", "b", 9) == ([bos, *tokenizer.encode(" ab"), eos], 3)
+    assert encode_response(tokenizer, "", "b", 9) == ([bos, *tokenizer.encode(" b"), eos], 1)
 
 
 def test_pad_sequences():
@@ -126,3 +144,30 @@ def test_document_batches_compute_little_padding():
 def test_document_batches_do_not_run_from_short_to_long():
     widths = [b.shape[1] for b in document_epoch(document_batches(DOCUMENTS, 4, 0, seeded()), 4)]
     assert widths != sorted(widths)
+
+
+LENGTHS = [1 + i * 7 % 50 for i in range(101)]
+
+
+def test_bucketed_rows_hold_every_row_once_per_epoch():
+    rows = bucketed_rows(LENGTHS, 4, seeded(), window=3)
+    epochs = [list(islice(rows, 26)) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(101))
+        assert sorted(map(len, epoch)) == [1] + [4] * 25
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(islice(bucketed_rows(LENGTHS, 4, seeded(), window=3), 26)) == epochs[0]
+
+
+def test_rows_of_a_batch_have_similar_lengths():
+    def spread(window):
+        batches = islice(bucketed_rows(LENGTHS, 4, seeded(), window), 26)
+        return sum(max(LENGTHS[i] for i in b) - min(LENGTHS[i] for i in b) for b in batches)
+
+    assert spread(26) < spread(1) / 5
+
+
+def test_bucketed_rows_refuse_at_the_call():
+    for sizes in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            bucketed_rows(LENGTHS, sizes[0], seeded(), sizes[1])

@@ -10,6 +10,7 @@ from palm_rlhf_pytorch.data import (
     Pair,
     Rating,
     bin_ratings,
+    first_words,
     load_hf_dataset,
     quantile_edges,
     read_pairs,
@@ -332,3 +333,20 @@ def test_split_holdout():
     for few, fraction in ((items, 1.0), (items, -0.1), (items[:1], 0.5)):
         with pytest.raises(ValueError, match="fraction must|cannot hold out"):
             split_holdout(few, fraction, seed=1)
+
+
+@pytest.mark.parametrize(
+    "text, count, expected",
+    [
+        ("The film is fine.", 2, ("The film", " is fine.")),
+        ("The film", 2, ("The film", "")),
+        ("The film", 5, ("The film", "")),
+        ("  The\n film is", 2, ("  The\n film", " is")),
+        ("The film ", 2, ("The film", " ")),
+        ("The film", 0, ("", "The film")),
+        ("", 3, ("", "")),
+    ],
+)
+def test_first_words_and_how_it_went_on(text, count, expected):
+    assert first_words(text, count) == expected
+    assert "".join(expected) == text

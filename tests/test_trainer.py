@@ -500,13 +500,13 @@ def test_generate_gives_the_best_of_its_samples():
 
     def reward(prompts, responses):
         judged.extend(zip(prompts, responses, strict=True))
-        return [float(len(r)) if r[-1] == EOS else 0.5 for r in responses]
+        return [float(-len(r)) if r[-1] == EOS else -99.0 for r in responses]
 
     trainer = tiny_trainer(reward_model=reward, actor_critic=tiny_actor_critic())
     torch.manual_seed(1)
     answer, score = trainer.generate(12, prompt=PROMPTS[0, :4], num_samples=30, eos_token=EOS, return_score=True)
     assert len(judged) == 30 and all(torch.equal(p, PROMPTS[0, :4]) for p, _ in judged)
-    scores = [float(len(r)) if r[-1] == EOS else 0.5 for _, r in judged]
+    scores = [float(-len(r)) if r[-1] == EOS else -99.0 for _, r in judged]
     best = max(range(30), key=scores.__getitem__)
     assert score == scores[best] and isinstance(score, float)
     assert torch.equal(answer, torch.cat((PROMPTS[0, :4], judged[best][1])))

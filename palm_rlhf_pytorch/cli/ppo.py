@@ -30,7 +30,7 @@ class PPOCommandOptions:
     rollouts: int = option(128, "prompts answered for each update", least=1)
     rollout_batch: int = option(64, "prompts answered at once", least=1)
     max_seq_len: int = option(256, "tokens of prompt and response together", least=2)
-    temperature: float = option(1.0, "sampling temperature")
+    temperature: float = option(1.0, "sampling temperature", least=0.01)
     save_every: int = option(10, "updates between checkpoints to resume from", least=1)
 
 

@@ -32,7 +32,7 @@ PPO_SETTINGS = dict(
     critic_lr=2e-3,
     critic_num_pred_bins=1,
     critic_pooled_values=False,
-    kl_div_loss_weight=0.15,
+    kl_div_loss_weight=0.12,
     beta_s=0.01,
     minibatch_size=32,
     epochs=2,
@@ -107,7 +107,9 @@ def train_reward(
     held_out, train = ratings[:cut], ratings[cut:]
     scale = Scale.of([r.rating for r in train], bins=5, edges=rounding_edges(1, 5))
     rating_options = RatingOptions(max_len=MAX_SEQ_LEN, batch_size=32, seed=options.seed)
-    fit_options = FitOptions(steps=options.reward_steps, lr=1e-3, warmup=30, eval_every=max(1, options.reward_steps // 4))
+    fit_options = FitOptions(
+        steps=options.reward_steps, lr=1e-3, warmup=30, eval_every=max(1, options.reward_steps // 4)
+    )
     log = run.start("quickstart reward", False, tokenizer, ratings=rating_options, fit=fit_options)
     reward_model = new_reward_model(palm, scale, dropout=0.0, lora=False, lora_r=8)
     accelerator = accelerator_on(palm.device)

@@ -1,0 +1,432 @@
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from itertools import count
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch import cli, supervised
+from palm_rlhf_pytorch.checkpoint import read_weights
+from palm_rlhf_pytorch.cli import generate, main
+from palm_rlhf_pytorch.metrics import read_metrics
+from palm_rlhf_pytorch.ppo import RLHFTrainer
+from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer
+
+MODEL = "--dim 16 --depth 1 --heads 2 --dim-head 8 --ff-dropout 0.2"
+PRETRAIN = f"{MODEL} --seq-len 24 --batch-size 4 --steps 6 --log-every 4 --eval-every 3 --save-every 4"
+REWARD = "--steps 4 --batch-size 4 --max-len 48 --log-every 2 --save-every 2 --lora-r 2"
+PPO = "--updates 3 --rollouts 4 --rollout-batch 4 --max-seq-len 24 --minibatch-size 2 --lora-r 2 --save-every 2"
+TEXTS = [f"the {noun} was {word}." for noun in ("soup", "film", "cake") for word in ("good", "bad", "fine", "grand")]
+
+
+def run(command, **paths):
+    """main() on a line; {names} in it are paths, which may hold anything."""
+    return main([word.format(**paths) for word in command.split()])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small data of every kind, and runs of pretrain and reward on them."""
+    where = tmp_path_factory.mktemp("cli")
+    (where / "text.txt").write_text("\n".join(TEXTS) + "\n")
+    stars = [1 + i % 3 for i in range(len(TEXTS))]
+    (where / "rated.tsv").write_text(
+        "text\trating\n" + "".join(f"{t}\t{s}\n" for t, s in zip(TEXTS, stars, strict=True))
+    )
+    pairs = [{"prompt": t[:8], "chosen": t[8:], "rejected": " bad"} for t in TEXTS if not t.endswith(" bad.")]
+    (where / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (where / "prompts.txt").write_text("the soup\nthe film was\nthe\n")
+    (where / "long.txt").write_text("the soup\n" + "very " * 30 + "\n")
+    paths = dict(
+        text=where / "text.txt", rated=where / "rated.tsv", pairs=where / "pairs.jsonl", prompts=where / "prompts.txt",
+        long=where / "long.txt", model=where / "pretrain", reward=where / "reward", nowhere=where / "nowhere",
+    )  # fmt: skip
+    assert run("pretrain --data {text} --lines --out {model} " + PRETRAIN, **paths) == 0
+    assert run("reward --data {rated} --model {model} --out {reward} --prompt-words 2 " + REWARD, **paths) == 0
+    return paths
+
+
+def names_in(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def weights(path):
+    return read_weights(path)[0]
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def numbers(path):
+    timings = ("steps_per_second", "tokens_per_second", "rollout_seconds", "learn_seconds")
+    return [{k: v for k, v in row.items() if k not in timings} for row in read_metrics(path)]
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C while a step (counted from 1) is under way."""
+    steps, learning_rate = count(1), supervised.learning_rate
+
+    def interrupting(*arguments):
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGINT)
+        return learning_rate(*arguments)
+
+    monkeypatch.setattr(supervised, "learning_rate", interrupting)
+
+
+# pretrain
+
+
+def test_a_run_directory_holds_what_it_should(files):
+    plots = ["curves.png"] if "matplotlib" in sys.modules else []
+    always = ["config.json", "metrics.jsonl", "state.pt", "tokenizer_config.json", *plots]
+    assert names_in(files["model"]) == sorted([*always, "model.safetensors"])
+    assert names_in(files["reward"]) == sorted([*always, "reward.safetensors"])
+    config = json.loads((files["model"] / "config.json").read_text())
+    assert config["command"] == "pretrain" and config["model"]["dim"] == 16 and config["fit"]["steps"] == 6
+    assert config["options"]["data"] == str(files["text"])
+    rows = read_metrics(files["model"] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    assert {"held_out_loss", "perplexity", "nats_per_character"} <= set(rows[-1])
+    palm = RunDirectory(files["model"]).palm()
+    assert palm.dim == 16 and palm.num_tokens == ByteTokenizer.num_tokens
+
+
+def test_pretrain_learns_a_bpe(files, tmp_path):
+    pytest.importorskip("tokenizers")
+    assert run("pretrain --data {text} --out {out} --tokenizer bpe --vocab-size 300 --lowercase " + PRETRAIN,
+               **files, out=tmp_path / "run") == 0  # fmt: skip
+    source = RunDirectory(tmp_path / "run")
+    tokenizer = source.tokenizer()
+    assert isinstance(tokenizer, BPETokenizer) and 259 < tokenizer.num_tokens == source.palm().num_tokens
+    assert tokenizer.decode(tokenizer.encode(" THE soup")) == " the soup"
+    assert run("generate --model {out} --prompt the --max-new-tokens 3", out=source.path) == 0
+
+
+def test_pretrain_takes_a_tokenizer_by_path(files, tmp_path):
+    assert run("pretrain --data {text} --out {out} --tokenizer {model} " + PRETRAIN, **files, out=tmp_path / "a") == 0
+    assert isinstance(RunDirectory(tmp_path / "a").tokenizer(), ByteTokenizer)
+
+
+def test_a_resumed_pretrain_equals_an_uninterrupted_one(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        command = "pretrain --data {text} --lines --out {out} " + PRETRAIN
+        assert run(command, **files, out=out) == 130
+    assert re.search("stopped after step .*state.pt' holds it, --resume goes on from there\n$", capsys.readouterr().err)
+    assert "model.safetensors" not in names_in(out)
+    # the options are known from the first time
+    assert run("pretrain --resume --out {out}", out=out) == 0
+    assert_same_weights(out / "model.safetensors", files["model"] / "model.safetensors")
+    assert numbers(out / "metrics.jsonl") == numbers(files["model"] / "metrics.jsonl")
+    assert "resuming with" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_can_be_longer(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("pretrain --data {text} --out {out} " + PRETRAIN, **files, out=out) == 0
+    assert run("pretrain --out {out} --resume --steps 8", out=out) == 0
+    assert "resuming with --steps 8 (was 6)" in capsys.readouterr().out
+    assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 8
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("pretrain --data {text} --lines --out {out} " + PRETRAIN, **files, out=out) == 0
+    for name in ("state.pt", "model.safetensors"):
+        (out / name).unlink()
+    assert run("pretrain --out {out} --resume", out=out) == 0
+    assert "holds no checkpoint yet" in capsys.readouterr().out
+    assert_same_weights(out / "model.safetensors", files["model"] / "model.safetensors")
+
+
+# reward
+
+
+@pytest.mark.parametrize("flags", ["--bins 3", "--bins 0", "--bins 2 --edges 1.5", "--encoder --no-lora --bins 0"])
+def test_reward_learns_ratings(files, tmp_path, capsys, flags):
+    out = tmp_path / "run"
+    assert run(f"reward --data {{rated}} --model {{model}} --out {{out}} {REWARD} {flags}", **files, out=out) == 0
+    text = capsys.readouterr().out
+    assert "held_out_spearman: " in text and ("bins divided at 1.5" in text) is ("--bins 0" not in flags)
+    model = RunDirectory(out).reward_model()
+    assert model.binned_output is ("--bins 0" not in flags)
+    assert model.palm.causal is ("--encoder" not in flags)
+    assert (len(model.palm.finetune_modules) == 0) is ("--no-lora" in flags)
+    if flags == "--bins 2 --edges 1.5":
+        assert model.bin_values[0] == 1.0 and model.bin_values[1] > 2.0
+
+
+def test_reward_learns_choices(files, tmp_path, capsys):
+    command = f"reward --pairs --data {{pairs}} --model {{model}} --out {{out}} {REWARD}"
+    assert run(command, **files, out=tmp_path / "run") == 0
+    assert "held_out_accuracy: " in capsys.readouterr().out
+    assert not RunDirectory(tmp_path / "run").reward_model().binned_output
+
+
+def test_reward_can_start_from_nothing(files, tmp_path):
+    command = f"reward --data {{rated}} --out {{out}} --no-lora --held-out 0 {REWARD} {MODEL}"
+    assert run(command, **files, out=tmp_path / "run") == 0
+    assert RunDirectory(tmp_path / "run").reward_model().palm.dim == 16
+
+
+def test_a_resumed_reward_equals_an_uninterrupted_one(files, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        command = "reward --data {rated} --model {model} --out {out} --prompt-words 2 " + REWARD
+        assert run(command, **files, out=out) == 130
+    assert run("reward --resume --out {out}", out=out) == 0
+    assert_same_weights(out / "reward.safetensors", files["reward"] / "reward.safetensors")
+    assert numbers(out / "metrics.jsonl") == numbers(files["reward"] / "metrics.jsonl")
+
+
+# ppo
+
+
+@pytest.mark.parametrize("flags", ["", "--no-lora --micro-batch-size 1"])
+def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch, capsys, flags):
+    command = f"ppo --model {{model}} --reward {{reward}} --prompts {{prompts}} --out {{out}} {PPO} {flags}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(command, **files, out=whole) == 0
+    update = RLHFTrainer.update
+
+    def interrupted(self, *arguments):
+        if self.step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RLHFTrainer, "update", interrupted)
+        assert run(command, **files, out=parts) == 130
+    assert "stopped after update 1; " in capsys.readouterr().err
+    torch.manual_seed(9)
+    assert run("ppo --resume --out {out}", out=parts) == 0
+    assert_same_weights(whole / "model.safetensors", parts / "model.safetensors")
+    assert numbers(whole / "metrics.jsonl") == numbers(parts / "metrics.jsonl")
+    assert [row["step"] for row in read_metrics(parts / "metrics.jsonl")] == [1, 2, 3]
+    # it moved, and is a model like any other, without adapters
+    start, end = weights(files["model"] / "model.safetensors"), weights(whole / "model.safetensors")
+    assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
+    assert run("generate --model {out} --prompt the --max-new-tokens 3", out=whole) == 0
+
+
+def test_ppo_from_first_words_with_rewards_of_other_tokenizers(files, tmp_path):
+    pytest.importorskip("tokenizers")
+    reward = tmp_path / "reward"
+    command = f"reward --data {{rated}} --out {{reward}} --no-lora --tokenizer bpe --vocab-size 270 {REWARD} {MODEL}"
+    assert run(command, **{**files, "reward": reward}) == 0
+    command = (
+        f"ppo --model {{model}} --reward {{reward}} {{other}} --whole-text --prompts {{rated}} --prompt-words 2 {PPO}"
+    )
+    assert run(command + " --out {out}", **files, other=reward, out=tmp_path / "ppo") == 0
+    config = json.loads((tmp_path / "ppo" / "config.json").read_text())
+    assert config["options"]["reward"] == [str(files["reward"]), str(reward)]
+    assert run("ppo --resume --updates 4 --out {out}", out=tmp_path / "ppo") == 0
+
+
+# generate
+
+
+def test_generate_streams_one_completion(files, capsys):
+    command = "generate --model {model} --prompt {prompt} --max-new-tokens 5 --seed 1"
+    texts = []
+    for _ in range(2):
+        assert run(command, **files, prompt="the soup") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("the soup") and texts[0].endswith("\n")
+    assert run(command.replace("--seed 1", "--seed 2"), **files, prompt="the soup") == 0
+    assert capsys.readouterr().out != texts[0]
+
+
+def test_generate_several(files, capsys):
+    command = "generate --model {model} --prompt {prompt} --max-new-tokens 5 --num-samples 3"
+    assert run(command, **files, prompt="the soup was") == 0
+    assert capsys.readouterr().out.count("the soup was") == 3
+
+
+def test_generate_shows_the_best_by_the_reward(files, capsys):
+    command = "generate --model {model} --reward {reward} --prompt {prompt} --max-new-tokens 5 --seed 3"
+    options = generate.GenerateOptions(
+        str(files["model"]), "the", (str(files["reward"]),), max_new_tokens=5, seed=3, num_samples=4
+    )
+    source = RunDirectory(files["model"])
+    reward = generate.text_reward(options.reward, torch.device("cpu"), False, 512)
+    answers = generate.ranked(source.palm(), reward, source.tokenizer(), "the", options)
+    assert [score for score, _ in answers] == sorted((score for score, _ in answers), reverse=True)
+    assert answers[0][0] == pytest.approx(float(reward(["the"], [answers[0][1]])))
+    assert run(command + " --num-samples 4", **files, prompt="the") == 0
+    assert capsys.readouterr().out == f"[{answers[0][0]:.3f}] the{answers[0][1]}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_generate_chats_line_by_line(files, capsys, monkeypatch):
+    command = "generate --model {model} --max-new-tokens 3 --temperature 0"
+    expected = []
+    for prompt in ("the", "soup", "é"):
+        assert run(command + " --prompt {prompt}", **files, prompt=prompt) == 0
+        expected.append(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n\nsoup\né"))
+    assert run(command, **files) == 0  # a pipe: blank lines are passed over
+    assert capsys.readouterr().out == "".join(expected)
+    monkeypatch.setattr(sys, "stdin", Terminal("the\n\nsoup\n"))
+    assert run(command, **files) == 0  # a terminal: one ends it
+    assert capsys.readouterr().out == f"> {expected[0]}> "
+
+
+class Says:
+    """Stands in for a PaLM that says these bytes."""
+
+    device = "cpu"
+
+    def __init__(self, data):
+        self.data = data
+
+    def stream(self, *arguments, **keywords):
+        return (torch.tensor([byte + 3]) for byte in self.data)
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        ("aé€😀b".encode(), ["a", "é", "€", "😀", "b"]),
+        (b"a\xffb", ["a", "\ufffdb"]),
+        (b"a\xe2\x82", ["a", "\ufffd"]),  # ended within a character
+    ],
+)
+def test_characters_of_several_tokens_come_whole(data, expected):
+    options = generate.GenerateOptions("x")
+    found = list(generate.pieces(Says(data), ByteTokenizer(), "", options))
+    assert [piece for piece in found if piece] == expected
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("pretrain --data {nowhere}.txt --out {nowhere}", "nowhere.txt: expected a readable file (No such file or"),
+        ("pretrain --data {nowhere} --out {nowhere}", "expected a name ending in .txt,"),
+        ("pretrain --data {rated} --out {nowhere} --held-out 1", "less than 1, got 1.0"),
+        ("pretrain --data {text} --out {nowhere} --tokenizer nowhere/at/all", "no tokenizer at nowhere/at/all"),
+        ("pretrain --data {text} --out {nowhere} --heads 4 --kv-heads 3", "heads (4) must be a multiple of kv_heads"),
+        ("pretrain --data {text} --out {model}", "already holds a run: add --resume, or choose another --out"),
+        ("pretrain --out {nowhere} --resume", "does not hold a run to resume"),
+        ("pretrain --out {reward} --resume", "holds a run of reward, not of pretrain"),
+        ("pretrain --out {model} --resume --dim 32", "is of another model: resume with the sizes"),
+        ("reward --data {text} --model {model} --out {nowhere}", "text.txt: expected records"),
+        (
+            "reward --data {pairs} --model {model} --out {nowhere}",
+            "line 1: expected the columns prompt + response + rat",
+        ),
+        ("reward --data {rated} --pairs --model {model} --out {nowhere}", "expected the columns prompt + chosen + rej"),
+        ("reward --data {rated} --model {nowhere} --out {nowhere}", "does not hold a"),
+        ("reward --data {rated} --model {reward} --out {nowhere}", "does not hold a language model"),
+        ("reward --data {rated} --model {model} --out {nowhere} --edges 9", "no rating falls into bin 1"),
+        (
+            "ppo --model {reward} --reward {reward} --prompts {prompts} --out {nowhere}",
+            "does not hold a language model",
+        ),
+        ("ppo --model {model} --reward {model} --prompts {prompts} --out {nowhere}", "does not hold a reward model"),
+        ("ppo --model {model} --reward {reward} --prompts {rated} --out {nowhere}", "expected the columns prompt, got"),
+        (
+            "ppo --model {model} --reward {reward} --prompts {text} --prompt-words 9 --out {nowhere}",
+            "more than the 9 wor",
+        ),
+        ("ppo --model {model} --reward {reward} --prompts {long} --max-seq-len 24 --out {nowhere}", "has 151 tokens"),
+        ("generate --model {nowhere} --prompt a", "does not hold a language model (from pretrain or ppo)"),
+        ("generate --model {model} --reward {nowhere} --prompt a", "does not hold a reward model (from reward)"),
+        ("generate --model {model} --prompt a --top-p 2", "at most 1, got 2.0"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(files, capsys, command, message):
+    assert run(command, **files) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"palm-rlhf {command.split()[0]}: .*\n", error) and message in error
+    assert not files["nowhere"].exists()
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("", "required: COMMAND"),
+        ("train", "invalid choice: 'train'"),
+        ("pretrain", "required: --data"),
+        ("pretrain --data x --steps 0", "--steps: must be 1 or more, got 0"),
+        ("pretrain --data x --devise cpu", "unrecognized arguments: --devise cpu"),
+        ("pretrain --data x --res", "unrecognized arguments: --res"),
+        ("pretrain --data x --device meta", "invalid choice: 'meta'"),
+        ("ppo --model x --reward x --prompts x --temperature 0", "--temperature: must be 0.01 or more"),
+        ("generate --model x --num-samples 0", "--num-samples: must be 1 or more"),
+    ],
+)
+def test_wrong_flags_are_said_in_one_sentence(capsys, command, message):
+    with pytest.raises(SystemExit) as caught:
+        run(command)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and message in error and "--help lists all" in error
+
+
+def test_no_cuda_is_no_traceback(files, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("generate --model {model} --prompt a --device cuda", **files) == 2
+    assert "torch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_corrupt_checkpoint_is_no_traceback(files, tmp_path, capsys):
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((files["model"] / name).read_bytes())
+    (tmp_path / "state.pt").write_bytes(b"half")
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    for command in ("pretrain --resume --out {out}", "generate --model {out} --prompt a"):
+        assert run(command, out=tmp_path) == 2
+        assert "is not a whole" in capsys.readouterr().err
+
+
+def test_an_early_ctrl_c_is_no_traceback(files, capsys, monkeypatch):
+    def pressed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "pieces", pressed)
+    assert run("generate --model {model} --prompt a", **files) == 130
+    assert capsys.readouterr().err == "\npalm-rlhf generate: stopped\n"
+
+
+# help
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_every_flag(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    parser = cli.build_parser(name)
+    actions = parser._subparsers._group_actions[0].choices[name]._actions
+    assert len(actions) > 8 and all(action.help for action in actions)
+    text = " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS[name] in text and "(default: False)" not in text
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys; from palm_rlhf_pytorch.cli import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_command_is_also_a_module():
+    done = subprocess.run([sys.executable, "-m", "palm_rlhf_pytorch", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("palm-rlhf ")
