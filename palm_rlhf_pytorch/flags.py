@@ -40,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, defaults: Mapping
             if field.name not in seen:
                 default = defaults.get(field.name, field.default)
                 settings = _settings(field, hints[field.name], default)
-                # help is set last: before 3.13 BooleanOptionalAction adds its own default to it
+                # help is set last: in some Pythons BooleanOptionalAction adds its own default to it
                 group.add_argument("--" + field.name.replace("_", "-"), **settings).help = settings["help"]
                 seen.add(field.name)
 

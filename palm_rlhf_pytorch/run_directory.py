@@ -62,13 +62,17 @@ class RunDirectory:
         return self.state.is_file()
 
     def start(self, command: str, resume: bool, tokenizer: Tokenizer, **options: Any) -> MetricsLog:
-        """Write the tokenizer and config.json, and open the metrics."""
+        """Write the tokenizer and config.json, and open the metrics. When a run is gone on with, changed options are
+        said, and written only by `finish`: they may not fit the checkpoint.
+        """
         self.claim(resume)
         groups = {name: dataclasses.asdict(value) for name, value in options.items()}
+        self.config = {"command": command, "version": __version__, **groups}
         if resume:
             self._say_changes(command, groups)
-        tokenizer.save(self.path)
-        write_json(self / "config.json", {"command": command, "version": __version__, **groups})
+        else:
+            tokenizer.save(self.path)
+            write_json(self / "config.json", self.config)
         return MetricsLog(self / "metrics.jsonl")
 
     def _say_changes(self, command: str, groups: dict[str, dict[str, Any]]) -> None:
@@ -107,6 +111,7 @@ class RunDirectory:
 
     def finish(self, log: MetricsLog, title: str, columns: tuple[str, ...] = ()) -> None:
         """Draw the curves where matplotlib is there, and say where everything lies."""
+        write_json(self / "config.json", self.config)
         try:
             require("matplotlib", "plot")
             plot_curves(log.history, self / "curves.png", title, columns)

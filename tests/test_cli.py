@@ -125,14 +125,15 @@ def test_a_resumed_pretrain_equals_an_uninterrupted_one(files, tmp_path, monkeyp
     assert "model.safetensors" not in names_in(out)
     # the options are known from the first time
     assert run("pretrain --resume --out {out}", out=out) == 0
+    assert " 3/6 " in capsys.readouterr().err
     assert_same_weights(out / "model.safetensors", files["model"] / "model.safetensors")
     assert numbers(out / "metrics.jsonl") == numbers(files["model"] / "metrics.jsonl")
-    assert "resuming with" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_can_be_longer(files, tmp_path, capsys):
     out = tmp_path / "run"
     assert run("pretrain --data {text} --out {out} " + PRETRAIN, **files, out=out) == 0
+    assert run("pretrain --out {out} --resume --dim 32", out=out) == 2  # and nothing comes of it
     assert run("pretrain --out {out} --resume --steps 8", out=out) == 0
     assert "resuming with --steps 8 (was 6)" in capsys.readouterr().out
     assert read_metrics(out / "metrics.jsonl")[-1]["step"] == 8
@@ -197,10 +198,11 @@ def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch,
     command = f"ppo --model {{model}} --reward {{reward}} --prompts {{prompts}} --out {{out}} {PPO} {flags}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(command, **files, out=whole) == 0
-    update = RLHFTrainer.update
+    update, taken = RLHFTrainer.update, []
 
     def interrupted(self, *arguments):
-        if self.step == 0:
+        taken.append(self.step)
+        if len(taken) == 1:
             signal.raise_signal(signal.SIGINT)
         return update(self, *arguments)
 
@@ -209,7 +211,10 @@ def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch,
         assert run(command, **files, out=parts) == 130
     assert "stopped after update 1; " in capsys.readouterr().err
     torch.manual_seed(9)
-    assert run("ppo --resume --out {out}", out=parts) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RLHFTrainer, "update", interrupted)
+        assert run("ppo --resume --out {out}", out=parts) == 0
+    assert taken == [0, 1, 2]
     assert_same_weights(whole / "model.safetensors", parts / "model.safetensors")
     assert numbers(whole / "metrics.jsonl") == numbers(parts / "metrics.jsonl")
     assert [row["step"] for row in read_metrics(parts / "metrics.jsonl")] == [1, 2, 3]
@@ -323,7 +328,7 @@ def test_characters_of_several_tokens_come_whole(data, expected):
         ("pretrain --data {rated} --out {nowhere} --held-out 1", "less than 1, got 1.0"),
         ("pretrain --data {text} --out {nowhere} --tokenizer nowhere/at/all", "no tokenizer at nowhere/at/all"),
         ("pretrain --data {text} --out {nowhere} --heads 4 --kv-heads 3", "heads (4) must be a multiple of kv_heads"),
-        ("pretrain --data {text} --out {model}", "already holds a run: add --resume, or choose another --out"),
+        ("pretrain --data {nowhere}.txt --out {model}", "already holds a run: add --resume, or choose another --out"),
         ("pretrain --out {nowhere} --resume", "does not hold a run to resume"),
         ("pretrain --out {reward} --resume", "holds a run of reward, not of pretrain"),
         ("pretrain --out {model} --resume --dim 32", "is of another model: resume with the sizes"),

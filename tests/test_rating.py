@@ -222,6 +222,15 @@ def test_choices_are_learned(palm):
     assert history[-1]["held_out_accuracy"] == 1.0 and history[-1]["held_out_gap"] > 0.5
 
 
+def test_margins_count(palm):
+    pairs = [Pair("p", "a", "bc", margin) for margin in (None, 2.0)]
+    model = reward_model(palm)
+    options = FitOptions(steps=1, lr=0.0)
+    losses = [train_on_pairs(model, [pair], [], TOKENIZER, OPTIONS, options)[0]["loss"] for pair in pairs]
+    gap = -math.log(math.expm1(losses[0]))  # of log(1 + exp(-gap))
+    assert losses[1] == pytest.approx(math.log(1 + math.exp(2 - gap)), rel=1e-4)
+
+
 def test_an_encoder_has_the_language_models_weights(palm):
     model = new_reward_model(palm, None, 0.0, False, 4, causal=False)
     assert isinstance(model, RewardModel) and not model.palm.causal

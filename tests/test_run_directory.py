@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import RewardModel
+from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.run_directory import RunDirectory, fresh_directory
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 from palm_rlhf_pytorch.version import __version__
@@ -73,6 +74,8 @@ def test_only_a_run_of_the_same_command_is_gone_on_with(run, capsys):
     assert capsys.readouterr().out == ""
     start(run, resume=True, steps=5)
     assert capsys.readouterr().out == "resuming with --steps 5 (was 3)\n"
+    assert run.options("test")["steps"] == 3  # until it is known that they fit
+    run.finish(MetricsLog(), "a test")
     assert run.options("test")["steps"] == 5
     with pytest.raises(ValueError, match="holds a run of test, not of ppo"):
         run.options("ppo")

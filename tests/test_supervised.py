@@ -77,7 +77,7 @@ def test_the_optimizer_gets_rate_and_decay():
     with torch.no_grad():
         net.weight.fill_(1.0)
         net.bias.fill_(1.0)
-    options = FitOptions(steps=1, lr=0.1, warmup=1, weight_decay=0.5)
+    options = FitOptions(steps=1, lr=0.2, warmup=2, weight_decay=0.5)  # so the first rate is 0.1
     fit(net, lambda m, x: 0.0 * sum(p.sum() for p in m.parameters()), iter([torch.zeros(1)]), options)
     # no gradient: only decay moves anything, w (1 - lr * decay)
     assert net.weight.item() == pytest.approx(0.95) and net.bias.item() == 1.0

@@ -17,7 +17,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd }
 td.n { text-align: right; font-variant-numeric: tabular-nums } th { text-align: left } img { max-width: 100% }
-.prompt { color: #888 } .bad { color: #b00 } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+.prompt { color: #888 } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 """
 
 
