@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,6 +68,29 @@ def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[
     ]
 
 
+class Meter:
+    """Losses and pace since the last line of metrics; evaluation does not count as time."""
+
+    def __init__(self, step: int, losses: list[Tensor]):
+        self.since, self.losses, self.clock = step, losses, time.perf_counter()
+
+    def line(self, step: int) -> dict[str, float]:
+        """What to log after `step` steps; counting starts again."""
+        loss = fmean(map(float, self.losses))
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}: a lower learning rate may help")
+        now = time.perf_counter()
+        row = {"loss": loss, "steps_per_second": (step - self.since) / (now - self.clock)}
+        self.since, self.losses, self.clock = step, [], now
+        return row
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - started
+
+
 def fit(
     model: nn.Module,
     loss_of: Callable[[Any, Any], Tensor],
@@ -92,56 +116,52 @@ def fit(
     module = LossModule(model, loss_of).to(accelerator.device)
     groups = decayed_groups(list(model.parameters()) if parameters is None else parameters, options.weight_decay)
     module, optimizer = accelerator.prepare(module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95)))
-    start, losses = 0, []  # losses: of the steps since the last line
+    start, losses = 0, []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
         start, losses = _restore(checkpoint, model, optimizer, log)
         batches = islice(batches, start, None)
 
+    meter, shown = Meter(start, losses), {}
     quiet = not accelerator.is_local_main_process
     bar = tqdm(total=options.steps, initial=start, desc=description, unit="step", disable=quiet)
-    clock, since, shown = time.perf_counter(), start, {}
     with Interrupts() as interrupts, bar:
         for step in range(start, options.steps):
-            module.train()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, options)
-            loss = module(to_device(next(batches), accelerator.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(module.parameters(), options.max_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.detach())
+            batch = to_device(next(batches), accelerator.device)
+            meter.losses.append(_take_step(module, batch, optimizer, accelerator, options.max_norm))
 
             done, row = step + 1, {}
             last = done == options.steps
             if done % options.log_every == 0 or last:
-                mean = fmean(map(float, losses))
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {done}: a lower learning rate may help")
-                now = time.perf_counter()
-                row = {
-                    "loss": mean,
-                    "lr": learning_rate(step, options),
-                    "steps_per_second": (done - since) / (now - clock),
-                }
-                clock, since, losses = now, done, []
+                row = {**meter.line(done), "lr": learning_rate(step, options)}
             if evaluate is not None and (done % options.eval_every == 0 or last):
                 module.eval()
-                paused = time.perf_counter()
-                row.update(evaluate())
-                clock += time.perf_counter() - paused
+                with meter.paused():
+                    row.update(evaluate())
             if row:
                 log.append({"step": done, **row})
                 shown.update({k: f"{v:.3g}" for k, v in row.items() if k not in ("lr", "steps_per_second")})
                 bar.set_postfix(shown, refresh=False)
             bar.update()
             if checkpoint is not None and (interrupts.asked or done % options.save_every == 0 or last):
-                _save(checkpoint, done, losses, model, optimizer, log)
+                _save(checkpoint, done, meter.losses, model, optimizer, log)
             if interrupts.asked:
                 kept = "" if checkpoint is None else f"; {str(checkpoint)!r} holds it, --resume goes on from there"
                 raise KeyboardInterrupt(f"stopped after step {done}{kept}")
     model.eval()
     return log.history
+
+
+def _take_step(module: nn.Module, batch: Any, optimizer: Any, accelerator: Accelerator, max_norm: float) -> Tensor:
+    """One optimiser step; the loss, without its graph."""
+    module.train()
+    loss = module(batch)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(module.parameters(), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
