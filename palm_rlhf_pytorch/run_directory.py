@@ -83,15 +83,19 @@ class RunDirectory:
 
     def options(self, command: str) -> dict[str, Any]:
         """All options that a run of this command was started with."""
-        there = self / "config.json"
-        self._need(there, "a run to resume")
-        try:
-            config = json.loads(there.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(there)!r} is not JSON ({error})") from None
+        config = self.notes("a run to resume")
         if config.get("command") != command:
             raise ValueError(f"{str(self.path)!r} holds a run of {config.get('command')}, not of {command}")
         return {name: value for group in config.values() if isinstance(group, dict) for name, value in group.items()}
+
+    def notes(self, what: str = "a run") -> dict[str, Any]:
+        """What config.json says."""
+        there = self / "config.json"
+        self._need(there, what)
+        try:
+            return json.loads(there.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(there)!r} is not JSON ({error})") from None
 
     def tokenizer(self) -> Tokenizer:
         self._need(self / "config.json", "a run")

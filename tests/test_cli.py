@@ -12,6 +12,7 @@ import torch
 from palm_rlhf_pytorch import cli, supervised
 from palm_rlhf_pytorch.checkpoint import read_weights
 from palm_rlhf_pytorch.cli import generate, main
+from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.metrics import read_metrics
 from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.run_directory import RunDirectory
@@ -435,3 +436,20 @@ def test_help_does_not_wait_for_torch():
 def test_the_command_is_also_a_module():
     done = subprocess.run([sys.executable, "-m", "palm_rlhf_pytorch", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("palm-rlhf ")
+
+
+def test_a_reward_is_asked_as_it_was_trained(tmp_path):
+    device = torch.device("cpu")
+    small = ["--dim", "8", "--depth", "1", "--heads", "2", "--dim-head", "4", "--steps", "1", "--device", "cpu"]
+    rows = "".join(f"{i % 5}\tthe number {i} was here\n" for i in range(20))
+    data = tmp_path / "ratings.tsv"
+    data.write_text("rating\ttext\n" + rows)
+    for name, words in (("whole", "0"), ("divided", "2")):
+        run = ["reward", "--data", str(data), "--out", str(tmp_path / name), "--prompt-words", words, *small]
+        assert main(run) == 0
+    whole, divided = str(tmp_path / "whole"), str(tmp_path / "divided")
+    assert text_reward([whole], device, None, 8).whole is True
+    assert text_reward([divided], device, None, 8).whole is False
+    assert text_reward([divided], device, True, 8).whole is True
+    with pytest.raises(ValueError, match="whole-text"):
+        text_reward([whole, divided], device, None, 8)

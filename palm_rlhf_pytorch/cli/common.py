@@ -65,8 +65,17 @@ class ModelOptions:
         return PaLM(num_tokens=tokenizer.num_tokens, flash_attn=True, **asdict(self))
 
 
-def text_reward(directories: Sequence[str], device: torch.device, whole: bool, max_len: int) -> TextReward:
-    """The reward of one or several reward runs, each with its own tokenizer."""
+def text_reward(directories: Sequence[str], device: torch.device, whole: bool | None, max_len: int) -> TextReward:
+    """The reward of one or several reward runs, each with its own tokenizer.
+
+    `whole` None: as they were trained, on whole texts or on responses to prompts.
+    """
     runs = [RunDirectory(directory) for directory in directories]
+    members = [(run.reward_model().to(device), run.tokenizer()) for run in runs]
+    if whole is None:
+        trained = {run.notes().get("whole_text", False) for run in runs}
+        if len(trained) > 1:
+            raise ValueError("some rewards were trained on whole texts, some on responses: say --[no-]whole-text")
+        whole = trained.pop()
     # texts may take more tokens in a reward's vocabulary than in the policy's
-    return TextReward([(run.reward_model().to(device), run.tokenizer()) for run in runs], whole, 4 * max_len)
+    return TextReward(members, whole, 4 * max_len)

@@ -26,7 +26,9 @@ class GenerateOptions:
     reward: tuple[str, ...] = option(
         (), "reward runs: the best of --num-samples by their mean is shown, with its score"
     )
-    whole_text: bool = option(False, "rate prompt and response as one text (for rewards learned on texts alone)")
+    whole_text: bool | None = option(
+        None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
+    )
     num_samples: int = option(1, "completions to draw", least=1)
     max_new_tokens: int = option(200, "tokens of a completion at most", least=1)
     temperature: float = option(1.0, "0 takes the likeliest token")

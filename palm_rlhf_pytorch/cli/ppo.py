@@ -24,7 +24,9 @@ class PPOCommandOptions:
     prompts: str = required("prompts: a .txt with one a line, or records with a prompt column")
     out: str = option("runs/ppo", "directory of the run")
     prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
-    whole_text: bool = option(False, "rate prompt and response as one text (for rewards learned on texts alone)")
+    whole_text: bool | None = option(
+        None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
+    )
     seed: int = option(0, "seed of everything")
     updates: int = option(50, "times to roll out and learn", least=1)
     rollouts: int = option(128, "prompts answered for each update", least=1)

@@ -73,6 +73,7 @@ def run(
     model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder).to(device)
     given = {"options": options, "ratings": ratings, "fit": fit, "words": words, "model": sizes}
     log = directory.start("reward", where.resume, tokenizer, **given)
+    directory.config["whole_text"] = not options.pairs and not any(r.prompt for r in train)
     if scale is not None:
         worth = ", ".join(f"{value:.3g}" for value in scale.values)
         print(f"bins divided at {', '.join(f'{e:.3g}' for e in scale.edges)} are worth {worth}")
