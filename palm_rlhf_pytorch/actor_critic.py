@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -83,6 +84,13 @@ class ActorCritic(nn.Module):
     ):
         super().__init__()
         critic = moved("critic_palm", critic_palm, "critic", critic, stacklevel=4)  # one frame is beartype's
+        for role, model in (("policy", palm), ("critic", critic.model if isinstance(critic, ImplicitPRM) else critic)):
+            if model is not None and not model.causal:
+                warnings.warn(
+                    f"the {role}'s PaLM has causal=False, but a {role} may not see the future: it is made causal",
+                    stacklevel=3,
+                )
+                model.set_causal(True)
         self.actor_palm = palm
         if critic is None or critic is palm:
             share = actor_lora and critic_lora and actor_dropout == critic_dropout
@@ -93,9 +101,6 @@ class ActorCritic(nn.Module):
         self.critic_palm = critic.model if self.implicit_critic is not None else critic
         if self.critic_palm is palm and actor_lora_scope == critic_lora_scope:
             raise ValueError(f"on one trunk actor and critic need scopes of their own, both are {actor_lora_scope!r}")
-        for role, model in (("policy", palm), ("critic", self.critic_palm)):
-            if not model.causal:
-                raise ValueError(f"the {role} must be a causal PaLM: an encoder (causal=False) sees the future")
         if self.critic_palm.num_tokens < palm.num_tokens:
             sizes = f"{self.critic_palm.num_tokens} tokens, the policy {palm.num_tokens}"
             raise ValueError(f"the critic must know the policy's vocabulary, but it has {sizes}")
@@ -127,9 +132,11 @@ class ActorCritic(nn.Module):
         return super()._apply(fn, *args, **kwargs)
 
     def actor_parameters(self) -> list[nn.Parameter]:
+        """What training the policy changes."""
         return trained(self.actor_palm, self.actor_lora_scope)
 
     def critic_parameters(self) -> list[nn.Parameter]:
+        """What training the critic changes, its head included."""
         head = [] if self.value_head is None else list(self.value_head.parameters())
         return [*trained(self.critic_palm, self.critic_lora_scope), *head]
 

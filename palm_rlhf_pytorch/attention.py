@@ -22,9 +22,9 @@ def causal_key_mask(key_mask: Tensor) -> Tensor:
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v by `scaled_dot_product_attention`.
 
-    `use_flash_attn` is the reference's switch between two code paths. Here both values take the fused kernel that
-    torch finds best for the inputs, so scores are not held in memory by default either. Where the plain formula is
-    wanted (second derivatives), wrap the call in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    `use_flash_attn` is the reference's switch between two code paths. Here both values take the kernel that torch
+    finds best for the inputs, so by default too scores are not held in memory (except with dropout on a CPU). Where
+    the plain formula is wanted (second derivatives), wrap the call in `torch.nn.attention.sdpa_kernel`.
     """
 
     def __init__(self, dropout: float = 0.0, causal: bool = False, use_flash_attn: bool = False):
@@ -46,7 +46,9 @@ class Attention(nn.Module):
             causal = False
         dropout = self.attn_dropout.p if self.training else 0.0
 
-        heads, kv_heads, n = q.shape[1], k.shape[1], q.shape[2]
+        heads, kv_heads, n, j = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+        if causal and n != j:  # the queries are the last n positions
+            mask, causal = torch.ones(n, j, dtype=torch.bool, device=q.device).tril(j - n), False
         if n == 1:  # decoding: the heads that share a key become one query axis, and no key is repeated
             q = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=kv_heads)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -1,6 +1,6 @@
 """Token ids to batches. Axes: b sequences, n tokens."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -37,11 +37,10 @@ def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tens
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
-def pack_documents(documents: Iterable[Sequence[int]], eos_id: int) -> Tensor:
-    """One stream (n,) of all documents, each followed by eos."""
-    documents = list(documents)
+def pack_documents(documents: Sequence[Sequence[int]]) -> Tensor:
+    """One stream (n,) of all documents."""
     _refuse_empty(documents)
-    return torch.cat([torch.tensor([*document, eos_id]) for document in documents])
+    return torch.cat([torch.tensor(document) for document in documents])
 
 
 def next_token_batches(ids: Tensor, seq_len: int, batch_size: int, generator: Generator) -> Iterator[Tensor]:

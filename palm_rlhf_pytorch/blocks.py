@@ -68,6 +68,8 @@ class ParallelTransformerBlock(nn.Module):
     ):
         super().__init__()
         ff_inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
+        if ff_inner < 1:
+            raise ValueError(f"the feedforward needs a width of 1 or more, got {ff_inner} (ff_mult, ff_inner_dim)")
         attn_inner, kv_inner = dim_head * heads, dim_head * kv_heads
         self.heads, self.kv_heads = heads, kv_heads
         self.fused_dims = (attn_inner, kv_inner, kv_inner, 2 * ff_inner)

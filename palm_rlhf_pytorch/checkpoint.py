@@ -20,6 +20,8 @@ from palm_rlhf_pytorch.files import atomic_path
 logger = logging.getLogger(__name__)
 
 CONFIG = "palm_rlhf_pytorch"  # the one metadata key: with two, safetensors would write them in any order
+# keywords that no tensor's shape tells, and that change what the tensors compute
+MEANING = ("causal", "use_xpos", "rotary_theta", "rotary_xpos_scale_base", "norm_eps", "logit_scale")
 GENERATIONS = ("0.2", "0.8")  # of the reference: the gain is gamma, or gamma + 1
 
 
@@ -53,8 +55,11 @@ def adopt_reference_weights(
             state[name] = state[name] - 1
 
 
-def read_weights(path: str | Path) -> tuple[OrderedDict[str, Tensor], dict | None]:
-    """A .safetensors or .pt file -> tensors by name, and the constructor's keywords if ours wrote it."""
+def read_weights(path: str | Path, only_config: bool = False) -> tuple[OrderedDict[str, Tensor], dict | None]:
+    """A .safetensors or .pt file -> tensors by name, and the constructor's keywords if ours wrote it.
+
+    With only_config no tensor of a safetensors file is read.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {str(path)!r}")
@@ -62,7 +67,8 @@ def read_weights(path: str | Path) -> tuple[OrderedDict[str, Tensor], dict | Non
         if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                state = OrderedDict((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                names = () if only_config else file.keys()
+                state = OrderedDict((name, file.get_tensor(name)) for name in names)
             return state, json.loads(metadata[CONFIG]) if CONFIG in metadata else None
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make torch.load raise nearly anything: KeyError, IndexError, OSError
@@ -92,7 +98,7 @@ def reason(error: Exception) -> str:
 
 def read_config(path: str | Path) -> dict:
     """The constructor's keywords inside a file that ours wrote."""
-    _, config = read_weights(path)
+    _, config = read_weights(path, only_config=True)
     if config is None:
         raise ValueError(f"{str(path)!r} was not written by palm_rlhf_pytorch: build the model, then load it")
     return config
@@ -112,13 +118,27 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], config: Mapping)
         save_file(once, temporary, {CONFIG: json.dumps(config)})
 
 
-def load_weights(module: nn.Module, path: str | Path, generation: str | None = None) -> None:
-    """Load a file into a PaLM or a RewardModel; names and shapes must match, what does not is named."""
+def warn_of_differences(path: str | Path, theirs: Mapping, ours: Mapping) -> None:
+    """Say which keywords the weights were trained with otherwise, of those that change what they compute."""
+    theirs, ours = (config.get("palm", config) for config in (theirs, ours))
+    differ = [f"{k}={theirs[k]} (here {ours[k]})" for k in MEANING if k in theirs and theirs[k] != ours[k]]
+    if differ:
+        logger.warning(
+            "The weights in %s were saved with %s: they compute something else here.", path, ", ".join(differ)
+        )
+
+
+def load_weights(module: nn.Module, path: str | Path, generation: str | None = None) -> dict | None:
+    """Load a file into a PaLM or a RewardModel; names and shapes must match, what does not is named.
+
+    Returns the constructor's keywords inside, if ours wrote the file.
+    """
     if generation is not None and generation not in GENERATIONS:
         raise ValueError(f"generation is one of {GENERATIONS}, or None to look, got {generation!r}")
     state, config = read_weights(path)
     own = module.state_dict()
     if config is not None:
+        warn_of_differences(path, config, module.whole_config)
         for name, first in first_names(own).items():
             if name not in state and first in state:
                 state[name] = state[first]
@@ -131,3 +151,4 @@ def load_weights(module: nn.Module, path: str | Path, generation: str | None = N
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).split("\n")[1:4])
         raise ValueError(f"{str(path)!r} does not fit this {type(module).__name__}: {reasons[:400]}") from None
+    return config

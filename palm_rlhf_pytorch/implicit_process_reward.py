@@ -32,9 +32,6 @@ class ImplicitPRM(nn.Module):
         self.ref_model.eval()  # a reference with dropout would be no reference
         return self
 
-    def parameters_to_train(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
     def forward(self, seq: Tensor, labels: Tensor | None = None, prompt_mask: Tensor | None = None) -> Tensor:
         """Ids (b, n), below 0 padding -> rewards (b, n - 1), those of seq[:, 1:], 0 at padding.
 

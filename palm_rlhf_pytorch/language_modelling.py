@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf_pytorch.batches import document_batches, encode_prompt, next_token_batches, pad_sequences
+from palm_rlhf_pytorch.batches import (
+    document_batches,
+    encode_prompt,
+    next_token_batches,
+    pack_documents,
+    pad_sequences,
+)
 from palm_rlhf_pytorch.data import split_holdout
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.palm import PaLM
@@ -57,7 +63,7 @@ def build_corpus(texts: Sequence[str], held_out: Sequence[str], tokenizer: Token
     if max(map(len, documents)) <= options.seq_len + 1:
         batches = document_batches(documents, options.batch_size, PAD, generator)
     else:
-        stream = torch.cat([torch.tensor(document) for document in documents])
+        stream = pack_documents(documents)
         batches = next_token_batches(stream, options.seq_len, options.batch_size, generator)
     characters = sum(map(len, held_out))
     windows = [

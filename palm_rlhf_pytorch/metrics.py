@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,13 +23,19 @@ class MetricsLog:
 
     def append(self, row: dict[str, float]) -> None:
         if not self.history and self.path is not None:
-            self.path.unlink(missing_ok=True)
+            self._set_aside()
         self.history.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if self.accelerator is not None and self.accelerator.log_with:
             self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def _set_aside(self) -> None:
+        """The file of an earlier run is renamed, not lost."""
+        if self.path.exists():
+            free = next(n for n in count(1) if not self.path.with_name(f"{self.path.name}.{n}").exists())
+            self.path.rename(self.path.with_name(f"{self.path.name}.{free}"))
 
     def restore(self, history: list[dict[str, float]]) -> None:
         """Go back to what a checkpoint knew: lines written after it are dropped."""

@@ -146,9 +146,20 @@ class PaLM(nn.Module):
 
     def set_dropout(self, dropout: float) -> PaLM:
         """Set every dropout of the model, the attention's too."""
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
+        return self
+
+    def set_causal(self, causal: bool) -> PaLM:
+        """Let tokens see the past only, or everything; xpos follows unless `use_xpos` says otherwise."""
+        self.causal = self.config["causal"] = causal
+        for layer in self.layers:
+            layer.fn.attend.causal = causal
+        xpos = self.config["use_xpos"]
+        self.rotary_emb.use_xpos = causal if xpos is None else xpos
         return self
 
     def add_finetune_params(self, scope: str, lora_r: int | None = None) -> None:
@@ -160,6 +171,7 @@ class PaLM(nn.Module):
         self.finetune_modules[scope] = lora.to(self.device, self.token_emb.weight.dtype)
 
     def remove_finetune_params(self, scope: str) -> None:
+        """Drop the adapters of a scope."""
         self._lora(scope)
         del self.finetune_modules[scope]
 
@@ -195,6 +207,7 @@ class PaLM(nn.Module):
         return self.finetune_modules[scope]
 
     def finetune_parameters(self, scope: str = "default") -> list[nn.Parameter]:
+        """The adapters of a scope."""
         return list(self._lora(scope).parameters())
 
     def palm_parameters(self) -> list[nn.Parameter]:
@@ -205,6 +218,7 @@ class PaLM(nn.Module):
     # the computation
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for `batch` rows, in the weights' dtype; it grows past max_len on demand."""
         weight = self.token_emb.weight
         depth = len(self.layers)
         return KVCache(depth, batch, self.kv_heads, max_len, self.dim_head, weight.dtype, weight.device)
@@ -307,23 +321,19 @@ class PaLM(nn.Module):
         prompts, leading = generation.as_batch(prompt.to(self.device))
         lengths = lengths_of(prompts, prompt_lengths)
         sampling = sampling_of(temperature, filter_logits_fn, filter_thres, top_k, top_p)
-        was_training = self.training
-        self.eval()
-        try:
-            for tokens in generation.stream(
-                self,
-                prompts,
-                lengths,
-                seq_len,
-                sampling,
-                pad_value,
-                eos_token=eos_token,
-                generator=seeded(seed, self.device),
-                **kwargs,
-            ):
-                yield tokens.reshape(leading)
-        finally:
-            self.train(was_training)
+        generation.check_prompts(prompts, lengths, self.num_tokens)
+        keywords = {**kwargs, "eos_token": eos_token, "generator": seeded(seed, self.device)}
+
+        def tokens() -> Iterator[Tensor]:  # a function of its own, so that bad arguments are refused at the call
+            was_training = self.training
+            self.eval()
+            try:
+                for step in generation.stream(self, prompts, lengths, seq_len, sampling, pad_value, **keywords):
+                    yield step.reshape(leading)
+            finally:
+                self.train(was_training)
+
+        return tokens()
 
     @torch.no_grad()
     @eval_decorator

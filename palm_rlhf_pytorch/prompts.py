@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
 from palm_rlhf_pytorch.generation import check_prompts
+from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 
 class Prompts:
@@ -40,7 +42,7 @@ class Prompts:
         pad_value: int = 0,
     ) -> Prompts:
         """From exactly one of texts, a file with one a line, or ids. Texts are padded with the tokenizer's `pad_id`, if
-        it has one.
+        it has one, and begin with bos where the tokenizer is one of ours: so do the texts of pretraining.
         """
         if sum(x is not None for x in (prompts, prompts_path, prompt_token_ids)) != 1:
             raise ValueError("exactly one of prompts, prompts_path and prompt_token_ids is needed")
@@ -55,6 +57,9 @@ class Prompts:
             raise ValueError("there are no prompts: the list or file is empty")
         if tokenizer is None:
             raise ValueError("prompts of text need a tokenizer: a function from list[str] to token ids (b, n)")
+        if isinstance(tokenizer, Tokenizer):
+            ids, _ = pad_sequences([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_id)
+            return cls(ids, tokenizer.pad_id)
         ids = tokenizer(list(prompts))
         try:
             ids = torch.as_tensor(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,9 +225,9 @@ def new_reward_model(
 ) -> RewardModel:
     """A reward model on a language model's weights; `causal=False` makes an encoder of them."""
     if not causal:
-        encoder = PaLM(**{**palm.whole_config, "causal": False, "use_xpos": palm.rotary_emb.use_xpos})
-        encoder.load_state_dict(palm.state_dict())
-        palm = encoder
+        palm = deepcopy(palm)
+        palm.config["use_xpos"] = palm.rotary_emb.use_xpos  # the weights know the positions that they learned
+        palm.set_causal(False)
     values = None if scale is None else list(scale.values)
     bins = 0 if scale is None else len(scale.values)
     return RewardModel(palm, dropout, bins, use_lora=lora, lora_r=lora_r, bin_values=values)

@@ -57,10 +57,14 @@ def restore(trainer: OnPolicyTrainer, state: dict[str, Any], path: str | Path) -
     parts.load_state_dict(weights)
     for name in COUNTERS:
         setattr(trainer, name, state["progress"][name])
+    trainer.resumed = True
     if state["prompts"]["count"] == len(trainer.prompts):  # other prompts start in an order of their own
         trainer.prompts.queue = state["prompts"]["queue"]
     trainer.order.set_state(state["order"])
     if state["random"]["device"] == trainer.device.type:  # another kind of device draws other numbers anyway
-        trainer.generator.set_state(state["random"]["generator"])
+        if trainer.accelerate.num_processes == 1:
+            trainer.generator.set_state(state["random"]["generator"])
+        else:  # the state is the main process's; each must draw noise of its own
+            trainer.generator.manual_seed(trainer.generator.initial_seed() + trainer.step)
         set_random_state(state["random"])
     trainer.metrics.restore(state["history"])

@@ -45,7 +45,7 @@ class RewardModel(nn.Module):
         sample_from_bins: bool | None = None,
         sample_temperature: int | float = 1.0,
         *,
-        bin_values: Sequence[float] | None = None,
+        bin_values: Sequence[int | float] | None = None,
     ):
         super().__init__()
         bins = int(num_binned_output)
@@ -92,13 +92,21 @@ class RewardModel(nn.Module):
         config = read_config(path)
         return cls(PaLM(**config.pop("palm")), **config).load(path)
 
+    @property
+    def whole_config(self) -> dict:
+        """The constructor's keywords that make this model, its PaLM's among them."""
+        return {**self.config, "palm": self.palm.whole_config}
+
     def save(self, path: str | Path) -> None:
         """Write weights and constructor keywords as safetensors, atomically."""
-        save_weights(path, self.state_dict(), {**self.config, "palm": self.palm.whole_config})
+        save_weights(path, self.state_dict(), self.whole_config)
 
     def load(self, path: str | Path, generation: str | None = None) -> RewardModel:
         """Load .safetensors or .pt weights of ours or of the reference; see `PaLM.load`."""
-        load_weights(self, path, generation)
+        config = load_weights(self, path, generation)
+        if config is not None and config.get("bin_values"):  # what the bins are worth belongs to the weights
+            self.bin_values.copy_(torch.tensor(config["bin_values"]))
+            self.config["bin_values"] = config["bin_values"]
         return self
 
     def finetune_parameters(self) -> list[nn.Parameter]:
@@ -191,4 +199,10 @@ class RewardModel(nn.Module):
             return F.mse_loss(pred.float(), labels.float())
         if labels.is_floating_point():
             raise TypeError("labels of a binned reward model are bin indices (integers); see data.bin_ratings")
+        bins = pred.shape[-1]
+        if not labels.is_cuda and not 0 <= int(labels.min()) <= int(labels.max()) < bins:
+            found = f"{int(labels.min())} to {int(labels.max())}"
+            raise ValueError(
+                f"labels are bin indices from 0 to {bins - 1}, got {found}: ratings 1 to 5 are bins 0 to 4"
+            )
         return F.cross_entropy(pred.float(), labels)

@@ -36,6 +36,8 @@ class Scorer:
     """
 
     def __init__(self, reward: Reward, tokenizer: Any = None, over: str | None = None):
+        if not callable(reward):
+            raise TypeError(f"the reward must be a RewardModel or a function, got {type(reward).__name__}")
         can_decode = hasattr(tokenizer, "decode")
         over = ("text" if can_decode else "tokens") if over is None else over
         if over not in ("text", "tokens"):
@@ -89,7 +91,6 @@ def roll_out(
     group_ids: Tensor,
     options: RolloutOptions,
     generator: torch.Generator | None = None,
-    with_values: bool = True,
 ) -> Experience:
     """Answer prompts (b, n) of lengths (b,) together, score the answers, and judge every token.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.checkpoint import reason
 from palm_rlhf_pytorch.files import atomic_path
 
 
@@ -26,8 +27,9 @@ def load_state(path: str | Path, kind: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken bytes make torch.load raise nearly anything
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"{str(path)!r} is not a whole checkpoint (nothing in it was executed): {reason}") from None
+        raise ValueError(
+            f"{str(path)!r} is not a whole checkpoint (nothing in it was executed): {reason(error)}"
+        ) from None
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
         raise ValueError(f"{str(path)!r} is no {kind} checkpoint (it says {found!r}); weights load by PaLM.load")

@@ -31,10 +31,10 @@ class FitOptions:
     """How a model is fitted. The learning rate warms up, then falls along a cosine to a tenth."""
 
     steps: int = option(1000, "optimiser steps", least=1)
-    lr: float = option(1e-3, "highest learning rate")
+    lr: float = option(1e-3, "highest learning rate", least=0)
     warmup: int = option(50, "steps until the learning rate is reached", least=0)
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
-    max_norm: float = option(1.0, "gradient norm to clip at")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings", least=0)
+    max_norm: float = option(1.0, "gradient norm to clip at", least=1e-6)
     log_every: int = option(10, "steps between lines in metrics.jsonl", least=1)
     eval_every: int = option(200, "steps between evaluations on what is held out", least=1)
     save_every: int = option(500, "steps between checkpoints to resume from", least=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,15 @@ class LearnOptions:
     epochs: int = 1
     max_norm: float | None = None  # gradient clipping, each parameter group by itself
     normalize_reward: bool = False  # scale scores to mean 0, std 1 on the starting policy's first rollouts
-    kl_stop: float | None = None  # no more epochs on this batch once approximate KL to the sampler exceeds this
+    kl_stop: float | None = None  # no more epochs on this batch once the algorithm's approx_kl exceeds this
+
+    def __post_init__(self):
+        for name in ("minibatch_size", "micro_batch_size", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, or None for no clipping, got {self.max_norm}")
 
 
 class Learner(nn.Module):
@@ -99,6 +108,7 @@ class OnPolicyTrainer:
         self.accelerate = Accelerator(**(accelerate_kwargs or {}))
         if self.accelerate.log_with:
             self.accelerate.init_trackers("palm_rlhf_pytorch")
+            atexit.register(self.accelerate.end_training)  # trackers that buffer write their last lines
         self.options = learn_options or LearnOptions()
         self.missing_eos_penalty = missing_eos_penalty
         self.prompts = prompts
@@ -121,7 +131,8 @@ class OnPolicyTrainer:
             metrics_path if self.accelerate.is_main_process else None, accelerator=self.accelerate
         )
         self.step = 0  # updates so far
-        self.prompts_done = 0  # of the train call under way, so that a resumed one goes on
+        self.prompts_done = 0  # of the train call under way
+        self.resumed = False  # whether the next train call goes on with one that a checkpoint was taken of
         self.score_shift, self.score_scale = 0.0, 1.0
 
     @property
@@ -173,6 +184,9 @@ class OnPolicyTrainer:
         if not temperature > 0:
             raise ValueError(f"learning needs a temperature above 0, got {temperature}")
         total = num_episodes * max_timesteps
+        if not self.resumed:
+            self.prompts_done = 0
+        self.resumed = False
         with tqdm(
             total=total,
             initial=self.prompts_done,
@@ -293,18 +307,21 @@ class OnPolicyTrainer:
     def generate(
         self,
         max_seq_len: int,
+        eos_token: int | Sequence[int] | None = None,
         *,
-        prompt: Tensor,
+        prompt: Tensor | str,
         num_samples: int = 4,
         return_score: bool = False,
-        eos_token: int | Sequence[int] | None = None,
         temperature: float = 1.0,
         **kwargs,
     ) -> Tensor | tuple[Tensor, float]:
         """The best of `num_samples` answers by the reward: (n,), prompt included and padding trimmed.
 
-        With return_score also what the reward gave it. Further keywords go to `PaLM.generate`.
+        prompt: ids (n,), or a text where the trainer has a tokenizer. With return_score also what the reward gave it.
+        Further keywords go to `PaLM.generate`.
         """
+        if isinstance(prompt, str):
+            prompt = Prompts.gather([prompt], None, None, self.scorer.tokenizer).ids[0]
         prompt = torch.as_tensor(prompt)
         if prompt.ndim != 1:
             raise ValueError(f"one prompt (n,) is needed, got shape {tuple(prompt.shape)}")

@@ -88,15 +88,20 @@ def test_critic_of_other_sizes():
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="the policy must be a causal PaLM"):
-        ActorCritic(tiny_palm(causal=False))
-    with pytest.raises(ValueError, match="the critic must be a causal PaLM"):
-        ActorCritic(tiny_palm(), tiny_palm(1, causal=False))
     with pytest.raises(ValueError, match="it has 5 tokens, the policy 11"):
         ActorCritic(tiny_palm(), tiny_palm(1, num_tokens=5))
     with pytest.raises(ValueError, match="scopes of their own"):
         ActorCritic(tiny_palm(), critic_lora_scope="actor")
     ActorCritic(tiny_palm(), tiny_palm(1), critic_lora_scope="actor")  # on two trunks the names may be the same
+
+
+def test_an_encoder_is_made_causal():
+    palm, critic = tiny_palm(causal=False), tiny_palm(1, causal=False)
+    with pytest.warns(UserWarning, match="the policy's PaLM has causal=False"):
+        actor_critic = ActorCritic(palm)
+    assert torch.equal(actor_critic(PROMPTS)[0], tiny_palm()(PROMPTS))  # the same weights, built causal
+    with pytest.warns(UserWarning, match="the critic's PaLM has causal=False"):
+        assert ActorCritic(tiny_palm(), critic).critic_palm.causal
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -119,3 +119,12 @@ def test_dropout_keeps_the_expected_value():
     attend = Attention(dropout=0.5).train()
     mean = torch.stack([attend(q, k, v) for _ in range(3000)]).mean(dim=0)
     torch.testing.assert_close(mean, plain(q, k, v, False), atol=0.1, rtol=0)
+
+
+def test_fewer_queries_than_keys_are_the_last_positions():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 6, 4), torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    attend = Attention(causal=True)
+    whole = attend(q, k, v)
+    for n in (1, 2, 5):
+        assert torch.allclose(attend(q[:, :, -n:], k, v), whole[:, :, -n:], atol=1e-6)

@@ -65,7 +65,7 @@ def test_pad_sequences():
 
 
 def test_pack_documents():
-    stream = pack_documents([[3, 4], [5]], eos_id=2)
+    stream = pack_documents([[3, 4, 2], [5, 2]])
     assert stream.tolist() == [3, 4, 2, 5, 2] and stream.dtype == torch.long
 
 
@@ -73,7 +73,7 @@ def test_pack_documents():
 def test_empty_sequences_are_refused(sequences):
     for use in (
         lambda: pad_sequences(sequences, 0),
-        lambda: pack_documents(sequences, 2),
+        lambda: pack_documents(sequences),
         lambda: document_batches(sequences, 2, 0, seeded()),
     ):
         with pytest.raises(ValueError, match="got none|sequence 1 is empty"):

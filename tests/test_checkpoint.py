@@ -251,3 +251,18 @@ def test_files_that_do_not_fit_say_why(make_palm, tmp_path):
         torch.save(value, tmp_path / "nested.pt")
         with pytest.raises(ValueError, match=f"holds {got}, a state dict of tensors is needed"):
             model.load(tmp_path / "nested.pt")
+
+
+def test_other_keywords_are_said(tmp_path, caplog):
+    sizes = dict(num_tokens=7, dim=8, depth=1, heads=2, dim_head=4)
+    PaLM(**sizes).save(tmp_path / "palm.safetensors")
+    PaLM(**sizes, attn_dropout=0.1).load(tmp_path / "palm.safetensors")
+    assert not caplog.records  # dropout changes nothing that weights mean
+    PaLM(**sizes, causal=False, logit_scale=2.0).load(tmp_path / "palm.safetensors")
+    assert "causal=True (here False)" in caplog.text and "logit_scale=1.0 (here 2.0)" in caplog.text
+
+
+def test_the_config_is_read_without_the_tensors(tmp_path, monkeypatch):
+    PaLM(num_tokens=7, dim=8, depth=1, heads=2, dim_head=4).save(tmp_path / "palm.safetensors")
+    state, config = read_weights(tmp_path / "palm.safetensors", only_config=True)
+    assert not state and config["dim"] == 8

@@ -52,7 +52,7 @@ def test_the_real_ratings_script_runs(tmp_path):
                 "300",
                 "320",
             ),
-            *("--ppo", "--prompt-words 3 --whole-text --updates 1 --rollouts 8 --max-seq-len 24"),
+            *("--ppo", "--prompt-words 3 --updates 1 --rollouts 8 --max-seq-len 24"),
         ]
     )
     assert set(result["spearman"]) == {"reward-300", "reward-320", "mean of the reward models", "TF-IDF ridge"}

@@ -74,7 +74,7 @@ def test_a_model_that_is_its_reference_gives_zero_and_ln_2(make_palm):
 
 def test_raising_the_likelihood_of_positives_lowers_the_loss(make_palm):
     prm = ImplicitPRM(make_palm())
-    optimizer = torch.optim.SGD(prm.parameters_to_train(), lr=0.05)
+    optimizer = torch.optim.SGD(prm.model.parameters(), lr=0.05)
     start = prm(X, LABELS, PROMPT)
     positive, negative = X[[0, 2]], X[[1]]
     for _ in range(5):  # plain language modelling of the positives
@@ -88,7 +88,7 @@ def test_raising_the_likelihood_of_positives_lowers_the_loss(make_palm):
 def test_learning_the_loss_separates_right_from_wrong(make_palm):
     prm = ImplicitPRM(make_palm())
     reference = [p.clone() for p in prm.ref_model.parameters()]
-    optimizer = torch.optim.Adam(prm.parameters_to_train(), lr=0.01)
+    optimizer = torch.optim.Adam(prm.model.parameters(), lr=0.01)
     for _ in range(10):
         optimizer.zero_grad()
         prm(PADDED, LABELS, PROMPT).backward()

@@ -75,3 +75,11 @@ def test_trackers_see_every_row_under_its_step():
     recorder.log_with = []
     log.append({"step": 5, "loss": 0.5})
     assert len(recorder.logged) == 1
+
+
+def test_the_file_of_an_earlier_run_is_set_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for reward in (1.0, 2.0, 3.0):
+        MetricsLog(path).append({"step": 1, "reward": reward})
+    assert [read_metrics(tmp_path / name)[0]["reward"] for name in ("metrics.jsonl.1", "metrics.jsonl.2")] == [1.0, 2.0]
+    assert read_metrics(path)[0]["reward"] == 3.0

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny import PROMPTS, tiny_trainer
 
+from palm_rlhf_pytorch.batches import encode_prompt
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
@@ -53,7 +54,13 @@ def test_only_newlines_end_a_line(tmp_path):
 
 def test_a_tokenizers_own_padding_is_padding():
     prompts = Prompts.gather(["abc", "d"], None, None, ByteTokenizer(), pad_value=7)
-    assert prompts.pad_value == ByteTokenizer.pad_id and prompts.lengths.tolist() == [3, 1]
+    assert prompts.pad_value == ByteTokenizer.pad_id and prompts.lengths.tolist() == [4, 2]
+
+
+def test_texts_begin_as_those_of_pretraining_do():
+    prompts = Prompts.gather(["abc", "d"], None, None, ByteTokenizer())
+    tokenizer = ByteTokenizer()
+    assert prompts.ids[1, :2].tolist() == encode_prompt(tokenizer, "d") == [tokenizer.bos_id, *tokenizer.encode("d")]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,13 @@ def test_it_runs_through_and_leaves_a_report(tiny, tmp_path, capsys):
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out), *TINY.split()]) == 0
     text = capsys.readouterr().out
-    names = ("true rating (1-5)", "accepted by the grammar", "distinct-2", "finished", "KL to the start (nats)")
+    names = (
+        "true rating of those (1-5)",
+        "accepted by the grammar",
+        "distinct-2",
+        "finished",
+        "KL to the start (nats)",
+    )
     table = table_of(text)
     assert set(names) <= set(table) and table["KL to the start (nats)"][0] == 0.0
     assert "spearman" in text and len(re.findall("^  (?:before|after ) ", text, re.M)) == 12
@@ -69,7 +75,7 @@ def test_the_judge_is_the_grammar(monkeypatch):
     samples = Samples(prompts, responses, [True, True, False], torch.tensor([1.0, 2.0, 6.0]))
     found = run.judge(samples, None, None)
     assert [grammar.rate(text) for text in samples.texts] == [None, 2.2, 3.8]
-    assert found["true rating (1-5)"] == pytest.approx(3.0)
+    assert found["true rating of those (1-5)"] == pytest.approx(3.0)
     assert found["accepted by the grammar"] == pytest.approx(2 / 3) == found["finished"]
     # truly delicious, delicious pasta | the pasta, pasta was, was bland | the pasta, pasta was, was fresh
     assert found["distinct-2"] == 6 / 8 and found["distinct texts"] == 1.0

@@ -278,3 +278,19 @@ def test_learning_from_ratings_ranks_them(make_palm):
         optimizer.step()
     scores = model.score(X, PROMPT, REAL)
     assert scores[0] < scores[1] < scores[2]
+
+
+def test_what_bins_are_worth_comes_with_the_weights(tmp_path):
+    palm = PaLM(num_tokens=7, dim=8, depth=1, heads=2, dim_head=4)
+    saved = RewardModel(palm, num_binned_output=3, bin_values=[1, 2, 5])
+    saved.save(tmp_path / "reward.safetensors")
+    loaded = RewardModel(palm, num_binned_output=3).load(tmp_path / "reward.safetensors")
+    assert loaded.bin_values.tolist() == [1, 2, 5]
+    loaded.save(tmp_path / "again.safetensors")
+    assert RewardModel.from_checkpoint(tmp_path / "again.safetensors").bin_values.tolist() == [1, 2, 5]
+
+
+def test_labels_beyond_the_bins_are_refused():
+    model = RewardModel(PaLM(num_tokens=7, dim=8, depth=1, heads=2, dim_head=4), num_binned_output=5)
+    with pytest.raises(ValueError, match="bin indices from 0 to 4, got 1 to 5"):
+        model(torch.ones(2, 3, dtype=torch.long), labels=torch.tensor([1, 5]))

@@ -1,5 +1,6 @@
 """The three snippets that everybody copies from the reference's README, as they stand but for sizes."""
 
+import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
@@ -45,3 +46,21 @@ def test_rlhf(tmp_path, monkeypatch):
     answer = trainer.generate(24, prompt=prompts[0], num_samples=10)
     assert answer.ndim == 1 and len(answer) <= 24
     assert torch.equal(answer[:12], prompts[0])
+
+
+def test_all_three_in_one_namespace(tmp_path, monkeypatch):
+    """As in a notebook: the third snippet then meets the second one's encoder, which is made causal."""
+    monkeypatch.chdir(tmp_path)
+    palm = PaLM(num_tokens=200, dim=32, depth=1)
+    torch.save(palm.state_dict(), "./palm.pt")
+    palm = PaLM(num_tokens=200, dim=32, depth=1, causal=False)
+    reward_model = RewardModel(palm, num_binned_output=5)
+    torch.save(reward_model.state_dict(), "./reward_model.pt")
+    prompts = torch.randint(0, 200, (20, 8))
+
+    palm.load("./palm.pt")
+    reward_model.load("./reward_model.pt")
+    with pytest.warns(UserWarning, match="made causal"):
+        trainer = RLHFTrainer(palm=palm, reward_model=reward_model, prompt_token_ids=prompts)
+    trainer.train(num_episodes=1, max_timesteps=2, update_timesteps=2, max_seq_len=12)
+    assert len(trainer.generate(12, prompt=prompts[0], num_samples=2)) <= 12

@@ -582,3 +582,32 @@ def test_a_bfloat16_palm_is_trained(pooled):
     assert len(trainer.history) == 2 and trainer.history[0]["kl"] == 0 and abs(trainer.history[0]["approx_kl"]) < 0.01
     e = trainer.roll_out(4, 4, ROLL)
     assert {t.dtype for t in (e.log_probs, e.ref_log_probs, e.values, e.scores)} == {torch.float32}
+
+
+def test_a_train_call_after_a_failed_one_starts_anew():
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append(len(responses))
+        if len(calls) == 2:
+            raise RuntimeError("the judge is out")
+        return [0.0] * len(responses)
+
+    trainer = tiny_trainer(reward_model=reward)
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        trainer.train(num_episodes=1, max_timesteps=4, update_timesteps=2, max_seq_len=7)
+    trainer.train(num_episodes=1, max_timesteps=2, update_timesteps=2, max_seq_len=7)
+    assert calls == [2, 2, 2] and trainer.step == 2
+
+
+@pytest.mark.parametrize(
+    "name, value", [("epochs", 0), ("micro_batch_size", -1), ("minibatch_size", 0), ("max_norm", 0)]
+)
+def test_learning_options_that_cannot_be_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        tiny_trainer(**{name: value})
+
+
+def test_a_reward_must_be_callable():
+    with pytest.raises(TypeError, match="got NoneType"):
+        tiny_trainer(reward_model=None)

@@ -1,4 +1,4 @@
-"""palm-rlhf generate: one completion, or a conversation line by line."""
+"""palm-rlhf generate: one completion, or an answer to each line typed."""
 
 from __future__ import annotations
 

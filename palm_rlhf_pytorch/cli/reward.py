@@ -65,6 +65,8 @@ def run(
             scale = Scale.of([r.rating for r in train], ratings.bins, ratings.edges)
         train, held_out = ([opened(r, options.prompt_words) for r in part] for part in (train, held_out))
     if options.model is not None:
+        if (words, sizes) != (TokenizerOptions(), ModelOptions()):
+            print("--model brings its own tokenizer and sizes: the flags for a new model are not used")
         source = RunDirectory(options.model)
         tokenizer, palm = source.tokenizer(), source.palm()
     else:

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import torch
 
-from palm_rlhf_pytorch.data import Rating, rounding_edges
+from palm_rlhf_pytorch.data import Rating, rounding_edges, split_holdout
 from palm_rlhf_pytorch.devices import DEVICES, accelerate_keywords, accelerator_on, choose_device
 from palm_rlhf_pytorch.evaluation import Samples, distinct_n, prompt_batch, sample
 from palm_rlhf_pytorch.flags import option
@@ -47,12 +47,12 @@ class QuickstartOptions:
     out: str = option("runs/quickstart", "directory of the runs and the report")
     seed: int = option(0, "seed of everything")
     device: str = option("auto", "where to compute; auto takes a GPU where there is one", choices=DEVICES)
-    corpus_size: int = option(20000, "reviews to pretrain on")
-    rated: int = option(4000, "reviews with a noisy rating for the reward model; a tenth is held out")
-    pretrain_steps: int = option(1600, "steps of pretraining")
-    reward_steps: int = option(250, "steps of the reward model")
-    ppo_updates: int = option(30, "updates of PPO")
-    samples: int = option(500, "samples to judge before and after")
+    corpus_size: int = option(20000, "reviews to pretrain on", least=100)
+    rated: int = option(4000, "reviews with a noisy rating for the reward model; a tenth is held out", least=50)
+    pretrain_steps: int = option(1600, "steps of pretraining", least=1)
+    reward_steps: int = option(250, "steps of the reward model", least=1)
+    ppo_updates: int = option(30, "updates of PPO", least=1)
+    samples: int = option(500, "samples to judge before and after", least=1)
 
 
 def judge(samples: Samples, reward_model: RewardModel, tokenizer: ByteTokenizer) -> dict[str, float]:
@@ -61,8 +61,8 @@ def judge(samples: Samples, reward_model: RewardModel, tokenizer: ByteTokenizer)
     accepted = [s for s in stars if s is not None]
     scores = TextReward([(reward_model, tokenizer)])(samples.prompts, samples.responses)
     return {
-        "true rating (1-5)": fmean(accepted) if accepted else float("nan"),
         "accepted by the grammar": len(accepted) / len(stars),
+        "true rating of those (1-5)": fmean(accepted) if accepted else float("nan"),
         "distinct-2": distinct_n(samples.texts),
         "distinct texts": len(set(samples.texts)) / len(stars),
         "finished": fmean(samples.finished),
@@ -103,8 +103,7 @@ def train_reward(
 ) -> tuple[RewardModel, dict[str, float]]:
     """A binned reward model on noisy ratings, with how well it does on held-out ones."""
     ratings = noisy_ratings(options)
-    cut = len(ratings) // 10
-    held_out, train = ratings[:cut], ratings[cut:]
+    train, held_out = split_holdout(ratings, 0.1, options.seed)
     scale = Scale.of([r.rating for r in train], bins=5, edges=rounding_edges(1, 5))
     rating_options = RatingOptions(max_len=MAX_SEQ_LEN, batch_size=32, seed=options.seed)
     fit_options = FitOptions(
