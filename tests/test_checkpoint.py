@@ -264,5 +264,5 @@ def test_other_keywords_are_said(tmp_path, caplog):
 
 def test_the_config_is_read_without_the_tensors(tmp_path, monkeypatch):
     PaLM(num_tokens=7, dim=8, depth=1, heads=2, dim_head=4).save(tmp_path / "palm.safetensors")
-    state, config = read_weights(tmp_path / "palm.safetensors", only_config=True)
+    state, config = checkpoint.read_weights(tmp_path / "palm.safetensors", only_config=True)
     assert not state and config["dim"] == 8

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from palm_rlhf_pytorch import PaLM
 from palm_rlhf_pytorch.reward import RewardModel, bradley_terry_loss
 
 X = torch.randint(0, 17, (3, 9), generator=torch.Generator().manual_seed(1))
