@@ -28,11 +28,11 @@ MAX_SEQ_LEN = 96  # bytes; the longest review has 75
 PALM_SIZES = dict(dim=128, depth=3, heads=4, dim_head=32, flash_attn=True)
 PPO_SETTINGS = dict(
     actor_lora_r=16,
-    actor_lr=1e-3,
+    actor_lr=2e-3,
     critic_lr=2e-3,
     critic_num_pred_bins=1,
     critic_pooled_values=False,
-    kl_div_loss_weight=0.15,
+    kl_div_loss_weight=0.24,
     beta_s=0.02,
     minibatch_size=32,
     epochs=2,
@@ -51,7 +51,7 @@ class QuickstartOptions:
     rated: int = option(4000, "reviews with a noisy rating for the reward model; a tenth is held out", least=50)
     pretrain_steps: int = option(1600, "steps of pretraining", least=1)
     reward_steps: int = option(250, "steps of the reward model", least=1)
-    ppo_updates: int = option(30, "updates of PPO", least=1)
+    ppo_updates: int = option(40, "updates of PPO", least=1)
     samples: int = option(500, "samples to judge before and after", least=1)
 
 
