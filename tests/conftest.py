@@ -1,9 +1,13 @@
-from collections.abc import Callable
+import os
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: more threads only wait for each other
 
-from palm_rlhf_pytorch.palm import PaLM
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from palm_rlhf_pytorch.palm import PaLM  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
