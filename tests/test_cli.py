@@ -292,6 +292,27 @@ def test_generate_chats_line_by_line(files, capsys, monkeypatch):
     assert capsys.readouterr().out == f"> {expected[0]}> "
 
 
+def test_a_chat_can_remember(files, capsys, monkeypatch):
+    command = "generate --model {model} --max-new-tokens 3 --temperature 0"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\nsoup"))
+    assert run(command + " --remember", **files) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    whole = f"{first}\nsoup"
+    assert run(command + " --prompt {prompt}", **files, prompt=whole) == 0
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_each_line_draws_its_own_noise(files, capsys, monkeypatch):
+    command = "generate --model {model} --max-new-tokens 8"
+    alone = []
+    for seed in ("3", "4"):
+        assert run(command + " --prompt the --seed " + seed, **files) == 0
+        alone.append(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\nthe"))
+    assert run(command + " --seed 3", **files) == 0
+    assert capsys.readouterr().out == "".join(alone) and alone[0] != alone[1]
+
+
 class Says:
     """Stands in for a PaLM that says these bytes."""
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "pretrain": "train a PaLM on text",
     "reward": "train a reward model on ratings or on choices between two responses",
     "ppo": "improve a PaLM with PPO against a reward model",
-    "generate": "complete a prompt, or answer line by line on the terminal",
+    "generate": "complete a prompt, or chat line by line",
 }
 
 

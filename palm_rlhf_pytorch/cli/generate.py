@@ -1,10 +1,10 @@
-"""palm-rlhf generate: one completion, or an answer to each line typed."""
+"""palm-rlhf generate: one completion, or a chat line by line."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.devices import DEVICES, choose_device
@@ -29,6 +29,7 @@ class GenerateOptions:
     whole_text: bool | None = option(
         None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
     )
+    remember: bool = option(False, "typed lines continue the conversation so far, instead of each standing alone")
     num_samples: int = option(1, "completions to draw", least=1)
     max_new_tokens: int = option(200, "tokens of a completion at most", least=1)
     temperature: float = option(1.0, "0 takes the likeliest token")
@@ -93,22 +94,30 @@ def run(options: GenerateOptions) -> None:
     if options.reward:
         reward = text_reward(options.reward, device, options.whole_text, options.max_new_tokens + 512)
 
-    def answer(prompt: str) -> None:
+    def answer(prompt: str, shown: str, options: GenerateOptions) -> str:
+        """Print an answer (or several) behind what is shown of its prompt; returns the first."""
         if reward is None and options.num_samples == 1:
-            print(prompt, end="", flush=True)
+            print(shown, end="", flush=True)
+            text = ""
             for piece in pieces(palm, tokenizer, prompt, options):
                 print(piece, end="", flush=True)
+                text += piece
             print()
-            return
+            return text
         answers = ranked(palm, reward, tokenizer, prompt, options)
         for score, text in answers[:1] if reward is not None else answers:
-            print(f"{prompt}{text}" if score is None else f"[{score:.3f}] {prompt}{text}")
+            print(f"{shown}{text}" if score is None else f"[{score:.3f}] {shown}{text}")
+        return answers[0][1]
 
     if options.prompt is not None:
-        answer(options.prompt)
+        answer(options.prompt, options.prompt, options)
         return
-    for line in typed_lines():
-        answer(line)
+    said = ""
+    for turn, line in enumerate(typed_lines()):
+        seed = None if options.seed is None else options.seed + turn  # or every line would get the same noise
+        text = answer(said + line, line, replace(options, seed=seed))
+        if options.remember:
+            said += f"{line}{text}\n"
 
 
 def typed_lines() -> Iterator[str]:
