@@ -233,7 +233,8 @@ def _csv_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, list[str]
                 yield number, row
             number = reader.line_num + 1
     except csv.Error as error:
-        message = f"{path}, line {number}: expected well-formed cells between {delimiter!r} ({error})."
+        rule = "one that begins with a quote ends with one, and quotes inside are doubled"
+        message = f"{path}, line {number}: expected well-formed cells between {delimiter!r} ({rule}; {error})."
         raise DataError(message) from error
 
 
