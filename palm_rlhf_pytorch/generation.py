@@ -1,21 +1,33 @@
-"""Sampling from a causal PaLM: ragged prompts prefilled together, cached decoding, finished rows leave the work.
-
-A model is anything with `new_cache(batch, max_len)`, `forward(..., mask, cache, return_only_embedding)`,
-`logits_of(embeds)` and `num_tokens`.
-"""
+"""Sampling from a causal PaLM: ragged prompts prefilled together, cached decoding, finished rows leave the work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.ops import lengths_to_mask, log_softmax
 from palm_rlhf_pytorch.utils import gumbel_sample, keep_largest, nucleus
+
+
+class CachedModel(Protocol):
+    """What can be decoded from; PaLM is one."""
+
+    num_tokens: int
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache: ...
+
+    def logits_of(self, embeds: Tensor) -> Tensor: ...
+
+    def __call__(
+        self, x: Tensor, *, mask: Tensor | None = None, cache: KVCache, return_only_embedding: bool, **kwargs: Any
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def eos_tensor(eos_token: int | Sequence[int] | None, device: torch.device) -> T
 
 @torch.no_grad()
 def decode(
-    model,
+    model: CachedModel,
     prompts: Tensor,
     lengths: Tensor,
     limits: Tensor,
@@ -164,7 +176,7 @@ def decode(
 
 
 def generate(
-    model,
+    model: CachedModel,
     prompts: Tensor,
     lengths: Tensor,
     max_len: int,
@@ -203,7 +215,7 @@ def generate(
 
 
 def stream(
-    model, prompts: Tensor, lengths: Tensor, max_len: int, sampling: Sampling, pad_value: int = 0, **kwargs
+    model: CachedModel, prompts: Tensor, lengths: Tensor, max_len: int, sampling: Sampling, pad_value: int = 0, **kwargs
 ) -> Iterator[Tensor]:
     """The tokens as they come: (b,) a step, `pad_value` for rows that have ended."""
     check_prompts(prompts, lengths, model.num_tokens)

@@ -262,7 +262,7 @@ class OnPolicyTrainer:
         self.learner.train()
         rows: list[Metrics] = []
         for _ in range(self.options.epochs):
-            epoch = [self._take_step(experience[rows], temperature) for rows in self._minibatches(experience.group_ids)]
+            epoch = [self._take_step(experience[some], temperature) for some in self._minibatches(experience.group_ids)]
             rows += epoch
             if self.options.kl_stop is not None and self._over_all(mean_of(epoch)["approx_kl"]) > self.options.kl_stop:
                 break
