@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from itertools import count
 
 import pytest
@@ -18,6 +19,7 @@ from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer
 
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs the [hf] extra")
 MODEL = "--dim 16 --depth 1 --heads 2 --dim-head 8 --ff-dropout 0.2"
 PRETRAIN = f"{MODEL} --seq-len 24 --batch-size 4 --steps 6 --log-every 4 --eval-every 3 --save-every 4"
 REWARD = "--steps 4 --batch-size 4 --max-len 48 --log-every 2 --save-every 2 --lora-r 2"
@@ -348,7 +350,11 @@ def test_characters_of_several_tokens_come_whole(data, expected):
         ("pretrain --data {nowhere}.txt --out {nowhere}", "nowhere.txt: expected a readable file (No such file or"),
         ("pretrain --data {nowhere} --out {nowhere}", "expected a name ending in .txt,"),
         ("pretrain --data {rated} --out {nowhere} --held-out 1", "less than 1, got 1.0"),
-        ("pretrain --data {text} --out {nowhere} --tokenizer nowhere/at/all", "no tokenizer at nowhere/at/all"),
+        pytest.param(
+            "pretrain --data {text} --out {nowhere} --tokenizer nowhere/at/all",
+            "no tokenizer at nowhere/at/all",
+            marks=needs_transformers,
+        ),
         ("pretrain --data {text} --out {nowhere} --heads 4 --kv-heads 3", "heads (4) must be a multiple of kv_heads"),
         ("pretrain --data {nowhere}.txt --out {model}", "already holds a run: add --resume, or choose another --out"),
         ("pretrain --out {nowhere} --resume", "does not hold a run to resume"),
