@@ -42,7 +42,7 @@ VOCABULARIES = (4096, 8192, 16384)
 REWARD = "--encoder --no-lora --bins 0 --dim 64 --depth 1 --heads 2 --dim-head 32 --ff-mult 2 --dropout 0.1 "
 REWARD += "--token-dropout 0.5 --weight-decay 1.0 --batch-size 32 --steps 3200 --lr 2e-3 --warmup 160 "
 REWARD += "--eval-every 1600 --save-every 1600 --tokenizer bpe --lowercase"
-PPO = f"--prompt-words {PROMPT_WORDS} --updates 40 --rollouts 128 --rollout-batch 128 "
+PPO = f"--prompt-words {PROMPT_WORDS} --updates 60 --rollouts 128 --rollout-batch 128 "
 PPO += f"--max-seq-len {MAX_SEQ_LEN} --actor-lr 2e-3 --kl 0.1 --entropy 0.01 --epochs 2 --minibatch-size 32"
 
 
