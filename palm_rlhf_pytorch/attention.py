@@ -36,7 +36,8 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q (b, h, n, d); k, v (b, j, d) for one shared head or (b, kv_heads, j, d) -> (b, h, n, d).
 
-        mask: (b, j) bool, True for keys that are not padding; or (b, 1, n, j) bool, the whole truth, causality too.
+        mask: (b, j) bool, True for keys that are not padding; or (b, 1, n, j), the whole truth, causality too:
+        bool, or added to the scores.
         """
         if k.ndim == 3:
             k, v = (rearrange(t, "b j d -> b 1 j d") for t in (k, v))

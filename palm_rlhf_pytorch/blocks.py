@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention
+from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.lora import LoRA
-from palm_rlhf_pytorch.rotary import RotaryEmbedding, Rotation
+from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 
 
 class LayerNorm(nn.Module):
@@ -80,9 +81,9 @@ class ParallelTransformerBlock(nn.Module):
             self.k_scale = nn.Parameter(torch.ones(dim_head))
         self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
         self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
-        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
-        self.attn_out = nn.Linear(attn_inner, dim, bias=False)
-        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
+        self.fused_attn_ff_proj = Linear(dim, sum(self.fused_dims))
+        self.attn_out = Linear(attn_inner, dim)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), Linear(ff_inner, dim))
 
     def new_lora(self, r: int) -> nn.ModuleList:
         """Adapters for q, k, v and the attention output."""
@@ -102,22 +103,25 @@ class ParallelTransformerBlock(nn.Module):
         mask: Tensor | None = None,
         finetune_modules: Sequence[LoRA] | None = None,
         *,
-        rotation: Rotation | None = None,
+        rotation: HeadsRotation | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
         x = self.norm(x)
-        q, k, v, ff = self.fused_attn_ff_proj(x).split(self.fused_dims, dim=-1)
+        attn_inner, kv_inner, _, ff_inner = self.fused_dims
+        qk, v, ff = self.fused_attn_ff_proj(x).split((attn_inner + kv_inner, kv_inner, ff_inner), dim=-1)
         if finetune_modules is not None:
             lora_q, lora_k, lora_v, lora_out = finetune_modules
-            q, k, v = q + lora_q(x), k + lora_k(x), v + lora_v(x)
+            qk, v = qk + torch.cat((lora_q(x), lora_k(x)), dim=-1), v + lora_v(x)
 
-        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
-        k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.kv_heads) for t in (k, v))
+        qk = rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads)
         if self.qk_rmsnorm:
-            q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
-        rotation = rotation or self.rotary_emb(x.shape[1])
-        q, k = rotation.rotate_queries(q), rotation.rotate_keys(k)
+            gains = self.q_scale.expand(self.heads, -1), self.k_scale.expand(self.kv_heads, -1)
+            qk = F.normalize(qk, dim=-1) * torch.cat(gains)
+        rotation = rotation or self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)
+        qk = rearrange(rotation.rotate(qk), "b n h d -> b h n d")
+        q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        v = rearrange(v, "b n (h d) -> b h n d", h=self.kv_heads)
         if remember is not None:
             k, v = remember(k, v)
 

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.ops import lengths_to_mask, log_softmax
+from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
+from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask, log_softmax
 from palm_rlhf_pytorch.utils import gumbel_sample, keep_largest, nucleus
 
-
-class CachedModel(Protocol):
-    """What can be decoded from; PaLM is one."""
-
-    num_tokens: int
-
-    def new_cache(self, batch: int, max_len: int) -> KVCache: ...
-
-    def logits_of(self, embeds: Tensor) -> Tensor: ...
-
-    def __call__(
-        self, x: Tensor, *, mask: Tensor | None = None, cache: KVCache, return_only_embedding: bool, **kwargs: Any
-    ) -> Tensor: ...
+PREFILL_TOKENS = 2**14  # prompt tokens read at once
+FIRST_LENGTH = 4096  # positions laid out at first, where a caller allows more
 
 
 @dataclass(frozen=True)
@@ -68,12 +56,17 @@ class Sampling:
 
 @dataclass
 class Step:
-    """One token for each row still at work: rows (m,) of the batch, positions (m,), tokens (m,), log_probs (m,)."""
+    """One token for each of m rows of the batch: rows, positions, tokens, log_probs, all (m,).
+
+    alive (m,) is False where a row had ended before: on a GPU such rows go on until the loop looks at them, and what
+    is drawn for them means nothing.
+    """
 
     rows: Tensor
     positions: Tensor
     tokens: Tensor
     log_probs: Tensor | None
+    alive: Tensor
 
 
 @dataclass
@@ -125,6 +118,52 @@ def eos_tensor(eos_token: int | Sequence[int] | None, device: torch.device) -> T
     return None if eos_token is None else torch.as_tensor(eos_token, device=device).reshape(-1)
 
 
+class Rows:
+    """The rows at work, and the prompts that wait for a place among them.
+
+    Prompts (p, n), lengths (p,), limits (p,): the longest come first, so that rows of like lengths work together.
+    """
+
+    def __init__(self, model: CachedModel, decoder: Decoder, prompts: Tensor, lengths: Tensor, limits: Tensor):
+        self.model, self.decoder = model, decoder
+        self.prompts, self.lengths, self.limits = prompts, lengths, limits
+        self.waiting = lengths.argsort(descending=True, stable=True)
+        self.rows = self.waiting[:0]
+        self.tokens = prompts.new_empty(0)
+        self.alive = torch.empty(0, dtype=torch.bool, device=prompts.device)
+
+    def look(self, batch: int, **forward_kwargs) -> bool:
+        """Let rows that have ended go and others come; whether any is left. Waits for the device."""
+        alive = self.alive.nonzero().squeeze(-1)
+        free = batch - alive.numel()
+        come = min(free, self.waiting.numel()) if free >= max(1, batch // 4) or alive.numel() == 0 else 0
+        size = self.decoder.size_for(alive.numel() + come) if alive.numel() + come else 0
+        ended = (~self.alive).nonzero().squeeze(-1)[: max(0, size - alive.numel() - come)]  # only fill up a fixed size
+        stay = torch.cat((alive, ended)).sort().values
+        if stay.numel() < self.rows.numel():
+            order = self.decoder.cache.keep(stay)
+            self.rows, self.tokens, self.alive = self.rows[order], self.tokens[order], self.alive[order]
+        if come:
+            self._come(self.waiting[:come], **forward_kwargs)
+            self.waiting = self.waiting[come:]
+        return self.rows.numel() > 0
+
+    def _come(self, rows: Tensor, **forward_kwargs) -> None:
+        """Read all but the last token of these prompts, those of like lengths together; the last one is a step's."""
+        cache, lengths = self.decoder.cache, self.lengths[rows] - 1
+        for group in groups_of_like_length(lengths.tolist(), PREFILL_TOKENS):
+            part, n = cache.admit(len(group)), int(lengths[group[0]])
+            if n > 0:
+                some = lengths[group]
+                real = lengths_to_mask(some, n)
+                ids = self.prompts[rows[group], :n].masked_fill(~real, 0)
+                self.model(ids, mask=real, cache=part, return_only_embedding=True, **forward_kwargs)
+            cache.join(part)
+        self.rows = torch.cat((self.rows, rows))
+        self.tokens = torch.cat((self.tokens, self.prompts[rows, lengths]))
+        self.alive = torch.cat((self.alive, torch.ones_like(rows, dtype=torch.bool)))
+
+
 @torch.no_grad()
 def decode(
     model: CachedModel,
@@ -135,44 +174,36 @@ def decode(
     eos_token: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     return_log_probs: bool = False,
+    max_batch: int | None = None,
+    how: str = "auto",
     **forward_kwargs,
 ) -> Iterator[Step]:
     """Draw tokens step by step. A row ends with its EOS, or when prompt and response fill limits (b,).
 
-    prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. The first pass reads all
-    prompts at once; from then on each step is one token a row, and rows that ended are computed no more.
+    prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. Prompts are read together;
+    from then on each step is one token a row, and rows that ended are computed no more (on a GPU, from the next look
+    on). With more than `max_batch` prompts, the others wait and take the places of those that end. `how`: see
+    `decoder.choose`.
     """
     eos = eos_tensor(eos_token, prompts.device)
-    rows = torch.arange(prompts.shape[0], device=prompts.device)
-    key_mask = lengths_to_mask(lengths, prompts.shape[1])
-    cache = model.new_cache(prompts.shape[0], max(int(limits.max()), prompts.shape[1] + 1))
-    embeds = model(
-        prompts.masked_fill(~key_mask, 0),
-        mask=key_mask,
-        cache=cache,
-        return_only_embedding=True,
-        **forward_kwargs,
-    )
-    embeds = embeds[rows, lengths - 1]
-    if not embeds.isfinite().all():
-        raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
-    while True:
-        tokens, logits = sampling.draw(model.logits_of(embeds), generator)
-        log_probs = None
-        if return_log_probs:
-            log_probs = log_softmax(logits).gather(-1, tokens[:, None]).squeeze(-1)
-        yield Step(rows, cache.lengths, tokens, log_probs)
-
-        alive = cache.lengths + 1 < limits
-        if eos is not None:
-            alive = alive & ~torch.isin(tokens, eos)
-        keep = alive.nonzero().squeeze(-1)
-        if keep.numel() == 0:
-            return
-        if keep.numel() < rows.numel():
-            rows, limits, tokens = rows[keep], limits[keep], tokens[keep]
-            cache.keep(keep)
-        embeds = model(tokens[:, None], cache=cache, return_only_embedding=True, **forward_kwargs)[:, -1]
+    batch = min(max_batch or len(prompts), len(prompts))
+    longest = max(int(limits.max()), prompts.shape[1] + 1)
+    with decoder(model, batch, min(longest, FIRST_LENGTH), longest - int(lengths.min()), how, **forward_kwargs) as step:
+        rows, steps = Rows(model, step, prompts, lengths, limits), 0
+        while steps % step.look_every or rows.look(batch, **forward_kwargs):
+            logits = step(rows.tokens)
+            if steps == 0 and not logits.isfinite().all():
+                raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
+            tokens, logits = sampling.draw(logits, generator)
+            log_probs = None
+            if return_log_probs:
+                log_probs = log_softmax(logits).gather(-1, tokens[:, None]).squeeze(-1)
+            positions = step.cache.lengths
+            yield Step(rows.rows, positions, tokens, log_probs, rows.alive)
+            rows.tokens, steps = tokens, steps + 1
+            rows.alive = rows.alive & (positions + 1 < limits[rows.rows])
+            if eos is not None:
+                rows.alive = rows.alive & ~torch.isin(tokens, eos)
 
 
 def generate(
@@ -190,21 +221,23 @@ def generate(
     batch, n = prompts.shape
     limits = lengths.new_full((batch,), max_len)
     width = max(max_len, n + 1)
-    prompt_mask = lengths_to_mask(lengths, width)
-    sequence = prompts.new_full((batch, width), pad_value)
+    prompt_mask = lengths_to_mask(lengths, width + 1)  # the last column takes what is drawn for rows that have ended
+    sequence = prompts.new_full((batch, width + 1), pad_value)
     sequence[:, :n] = prompts
     sequence = sequence.masked_fill(~prompt_mask, pad_value)
     response_mask = torch.zeros_like(prompt_mask)
-    log_probs = torch.zeros(batch, width, device=prompts.device)
+    log_probs = torch.zeros(batch, width + 1, device=prompts.device)
 
-    with tqdm(total=max(1, max_len - int(lengths.min())), unit="token", disable=not use_tqdm) as bar:
+    with tqdm(total=int((limits - lengths).clamp(min=1).sum()), unit="token", disable=not use_tqdm) as bar:
         for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
-            sequence[step.rows, step.positions] = step.tokens
-            response_mask[step.rows, step.positions] = True
+            place = step.rows, torch.where(step.alive, step.positions, width)
+            sequence[place] = step.tokens
+            response_mask[place] = True
             if step.log_probs is not None:
-                log_probs[step.rows, step.positions] = step.log_probs
-            bar.update()
-    end = int((prompt_mask | response_mask).sum(dim=-1).max())
+                log_probs[place] = step.log_probs
+            bar.update(step.rows.numel())
+    mask = (prompt_mask | response_mask)[:, :width]
+    end = int(mask.sum(dim=-1).max())
     wanted = decode_kwargs.get("return_log_probs", False)
     return Generation(
         sequence[:, :end],
@@ -222,7 +255,7 @@ def stream(
     limits = lengths.new_full(lengths.shape, max_len)
     for step in decode(model, prompts, lengths, limits, sampling, **kwargs):
         tokens = prompts.new_full(lengths.shape, pad_value)
-        tokens[step.rows] = step.tokens
+        tokens[step.rows] = step.tokens.masked_fill(~step.alive, pad_value)
         yield tokens
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ class KVCache:
 
     `lengths` (b,) says how much of each row is filled; what lies beyond is overwritten before it is ever seen.
     `centre` is the fixed xpos centre that all cached keys were scaled with. Grows when a position does not fit.
+    Rows come and go: `keep` closes the gaps of those that leave, `admit` and `join` bring new ones into the memory
+    behind. With `static` every step sees all max_len slots, so that its shapes never change.
     """
 
     def __init__(
@@ -22,49 +26,96 @@ class KVCache:
         dim_head: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        static: bool = False,
     ):
         shape = (depth, batch, kv_heads, max_len, dim_head)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.filled = 0  # the longest row, known without asking the device
+        self.memory = (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
         self.centre = max_len // 2
+        self.static = static
+        self.clear(batch)
+
+    def clear(self, rows: int = 0) -> None:
+        """Start again with `rows` empty rows in the same memory."""
+        device = self.memory[0].device
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.places = torch.arange(rows, device=device)
+        self.filled = 0  # no row is longer: known without asking the device
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def k(self) -> Tensor:
+        return self.memory[0][:, : self.rows]
+
+    @property
+    def v(self) -> Tensor:
+        return self.memory[1][:, : self.rows]
 
     @property
     def max_len(self) -> int:
-        return self.k.shape[3]
+        return self.memory[0].shape[3]
 
     def reserve(self, n: int) -> None:
         """Make room for n more positions behind the longest row."""
         if self.filled + n <= self.max_len:
             return
+        if self.static:
+            raise ValueError(f"a static cache of {self.max_len} positions cannot take {self.filled + n}")
         more = max(self.filled + n, 2 * self.max_len) - self.max_len
-        self.k, self.v = (torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
+        self.memory = tuple(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in self.memory)
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Store k, v (b, kv_heads, n, d) at positions (b, n)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        for memory, new in zip(self.memory, (k, v), strict=True):
+            memory[layer][self.places[:, None], :, positions] = new.transpose(1, 2).to(memory.dtype)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` slots, as views (b, kv_heads, length, d)."""
         return self.k[layer, :, :, :length], self.v[layer, :, :, :length]
+
+    def span(self, n: int) -> int:
+        """How many slots the next n tokens look at."""
+        return self.max_len if self.static else self.filled + n
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; give back all that its queries may look at: in a `first` pass
+        themselves.
+        """
+        self.write(layer, k, v, positions)
+        return (k, v) if first else self.read(layer, self.span(k.shape[2]))
 
     def advance(self, lengths: Tensor | int, most: int) -> None:
         """Count new tokens: how many each row (b,) has taken, and the most that any has."""
         self.lengths = self.lengths + lengths
         self.filled += most
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (m,) only, in ascending order; the others leave the work and the memory is kept."""
+    def keep(self, rows: Tensor) -> Tensor:
+        """Go on with these rows (m,), in ascending order, in the places 0 to m - 1. Returns which row each place has:
+        rows below m stay, those above fill the gaps, so that little is copied.
+        """
         count, used = rows.numel(), self.filled
-        for t in (self.k, self.v):
-            t[:, :count, :, :used] = t[:, rows, :, :used]
-        self.k, self.v = self.k[:, :count], self.v[:, :count]
-        self.lengths = self.lengths[rows]
+        order = torch.arange(count, device=rows.device)
+        stays = rows[rows < count]
+        gaps = torch.ones(count, dtype=torch.bool, device=rows.device).index_fill_(0, stays, False).nonzero()[:, 0]
+        movers = rows[rows >= count]
+        order[gaps] = movers
+        for memory in self.memory:
+            memory[:, gaps, :, :used] = memory[:, movers, :, :used]
+        self.lengths, self.places = self.lengths[order], self.places[:count]
+        self.filled = int(self.lengths.max()) if count else 0
+        return order
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; give back all that its queries may look at."""
-        self.write(layer, k, v, positions)
-        return (k, v) if self.filled == 0 else self.read(layer, self.filled + k.shape[2])
+    def admit(self, count: int) -> KVCache:
+        """The next `count` rows of the memory, empty, as a cache of their own: to be filled, then to `join`."""
+        part = copy(self)
+        part.memory = tuple(t[:, self.rows : self.rows + count] for t in self.memory)
+        part.clear(count)
+        return part
+
+    def join(self, part: KVCache) -> None:
+        """Take in the rows that `admit` gave out."""
+        self.lengths = torch.cat((self.lengths, part.lengths))
+        self.places = torch.arange(self.rows, device=self.lengths.device)
+        self.filled = max(self.filled, part.filled)

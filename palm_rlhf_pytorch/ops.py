@@ -85,3 +85,23 @@ def has_token_after_padding(mask: Tensor) -> bool:
 def lengths_to_mask(lengths: Tensor, n: int) -> Tensor:
     """Lengths (b,) -> (b, n) bool, True before each length."""
     return torch.arange(n, device=lengths.device) < lengths[:, None]
+
+
+def groups_of_like_length(
+    lengths: list[int], max_tokens: int | None = None, waste: float = 0.1, least_tokens: int = 128
+) -> list[list[int]]:
+    """Row numbers in groups to be computed together, longest first: padded to its longest row, no group spends more
+    than `waste` of its positions on padding, or more than max_tokens positions (a single row may). Groups of fewer
+    than least_tokens positions go on all the same: a pass of its own would cost more than the padding.
+    """
+    groups: list[list[int]] = []
+    longest = real = 0
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        positions = longest * (len(groups[-1]) + 1) if groups else 0
+        wasteful = positions - longest >= least_tokens and real + lengths[row] < (1 - waste) * positions
+        if not groups or wasteful or (max_tokens is not None and positions > max_tokens):
+            groups.append([])
+            longest, real = lengths[row], 0
+        groups[-1].append(row)
+        real += lengths[row]
+    return groups

@@ -19,6 +19,7 @@ from palm_rlhf_pytorch.attention import causal_key_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
 
@@ -99,7 +100,7 @@ class PaLM(nn.Module):
         )
         self.layers = nn.ModuleList([Residual(block()) for _ in range(depth)])
         self.norm = LayerNorm(dim, norm_eps)
-        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.to_logits = Linear(dim, num_tokens)
         self.to_logits.weight = self.token_emb.weight
         nn.init.normal_(self.token_emb.weight, std=0.02)
 
@@ -217,11 +218,11 @@ class PaLM(nn.Module):
 
     # the computation
 
-    def new_cache(self, batch: int, max_len: int) -> KVCache:
-        """An empty cache for `batch` rows, in the weights' dtype; it grows past max_len on demand."""
+    def new_cache(self, batch: int, max_len: int, static: bool = False) -> KVCache:
+        """An empty cache for `batch` rows, in the weights' dtype; it grows past max_len on demand, unless static."""
         weight = self.token_emb.weight
         depth = len(self.layers)
-        return KVCache(depth, batch, self.kv_heads, max_len, self.dim_head, weight.dtype, weight.device)
+        return KVCache(depth, batch, self.kv_heads, max_len, self.dim_head, weight.dtype, weight.device, static)
 
     def logits_of(self, embeds: Tensor) -> Tensor:
         """Final embeddings (..., d) -> logits (..., v)."""
@@ -273,7 +274,7 @@ class PaLM(nn.Module):
         return F.cross_entropy(logits, labels.reshape(-1), ignore_index=self.cross_entropy_ignore_index)
 
     def _layers(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None) -> Tensor:
-        rotation = self.rotary_emb(x.shape[1])
+        rotation = self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)
         if mask is not None and mask.ndim == 2 and self.causal:
             mask = causal_key_mask(mask)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -287,17 +288,34 @@ class PaLM(nn.Module):
             raise ValueError("an encoder (causal=False) sees the future and cannot use a key/value cache")
         n = x.shape[1]
         cache.reserve(n)
-        positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
-        rotation = self.rotary_emb(positions, cache.centre)
-        visible = None  # a first pass is plainly causal: padding on the right is never in anyone's past
-        if cache.filled > 0:
-            slots = torch.arange(cache.filled + n, device=x.device)
-            visible = (slots <= positions[..., None])[:, None]
-        for i, layer in enumerate(self.layers):
-            remember = partial(cache.extend, i, positions=positions)
-            x = layer(x, visible, lora[i] if lora is not None else None, rotation=rotation, remember=remember)
+        x = self._after(x, lora, cache, first=cache.filled == 0)
         cache.advance(n if mask is None else mask.sum(dim=-1), n)
         return x
+
+    def _after(self, x: Tensor, lora: nn.ModuleList | None, cache: KVCache, first: bool = False) -> Tensor:
+        """The layers on x (b, n, d), which follows what is cached; their keys and values are stored."""
+        n = x.shape[1]
+        positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
+        rotation = self.rotary_emb(positions, cache.centre).over(self.heads, self.kv_heads)
+        visible = None  # a first pass is plainly causal: padding on the right is never in anyone's past
+        if not first:
+            unseen = torch.arange(cache.span(n), device=x.device) > positions[..., None]
+            # added to the scores, made once for all layers
+            visible = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        for i, layer in enumerate(self.layers):
+            remember = partial(cache.extend, i, positions=positions, first=first)
+            x = layer(x, visible, lora[i] if lora is not None else None, rotation=rotation, remember=remember)
+        return x
+
+    def next_logits(
+        self, tokens: Tensor, cache: KVCache, finetune_scope: str | None = None, disable_lora: bool = False
+    ) -> Tensor:
+        """Tokens (b,) that follow what is cached -> logits (b, v). Stores keys and values, but counts nothing: the
+        shapes and addresses of a static cache stay the same, so that this may be compiled and replayed.
+        """
+        lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
+        embeds = self._after(self.token_emb(tokens[:, None]), lora, cache)
+        return self.logits_of(self.norm(embeds)[:, 0])
 
     # generation
 

@@ -23,6 +23,32 @@ class Rotation:
     def rotate_keys(self, k: Tensor) -> Tensor:
         return rotate(k, self.k_cos, self.k_sin)
 
+    def over(self, heads: int, kv_heads: int) -> HeadsRotation:
+        """The same for all heads of a layer at once, query heads first."""
+        if self.q_cos is self.k_cos:
+            return HeadsRotation(*(heads_behind(t) for t in (self.q_cos, self.q_sin)))
+        pairs = (self.q_cos, self.k_cos), (self.q_sin, self.k_sin)
+        repeats = (heads, kv_heads)
+        both = [[heads_behind(t).expand(*t.shape[:-3], -1, r, -1) for t, r in zip(p, repeats, strict=True)] for p in pairs]
+        return HeadsRotation(*(torch.cat(pair, dim=-2) for pair in both))
+
+
+@dataclass(frozen=True)
+class HeadsRotation:
+    """What turns queries and keys side by side: cos and sin (n, h, d) or (b, n, h, d), h 1 where all heads agree."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, qk: Tensor) -> Tensor:
+        """qk (b, n, heads + kv_heads, d), turned."""
+        return rotate(qk, self.cos, self.sin)
+
+
+def heads_behind(t: Tensor) -> Tensor:
+    """(n, d) -> (n, 1, d); (b, 1, n, d) -> (b, n, 1, d)."""
+    return t.unsqueeze(-2) if t.ndim == 2 else t.transpose(-2, -3)
+
 
 def rotate_half(t: Tensor) -> Tensor:
     """(..., d): the two halves (x, y) become (-y, x)."""
@@ -31,8 +57,8 @@ def rotate_half(t: Tensor) -> Tensor:
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """t (b, h, n, d), turned in float32 and given back in its own dtype."""
-    return (t * cos + rotate_half(t) * sin).to(t.dtype)
+    """t (..., d), turned in float32 and given back in its own dtype."""
+    return torch.addcmul(t * cos, rotate_half(t), sin).to(t.dtype)
 
 
 class RotaryEmbedding(nn.Module):

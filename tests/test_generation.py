@@ -145,8 +145,8 @@ def test_rows_that_ended_are_computed_no_more(make_palm):
     seen = []
     model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     model.generate(20, RAGGED, temperature=0.0, prompt_lengths=LENGTHS, eos_token=eos)
-    expected = [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
-    assert seen == [(3, 5), *expected]  # and no pass after the last token
+    expected = [(sum(length > step for length in lengths), 1) for step in range(max(lengths))]
+    assert seen == [(3, 4), *expected]  # all but the last tokens of the prompts; no pass after the last token drawn
 
 
 # sampling
@@ -297,9 +297,9 @@ def test_stream_comes_token_by_token_and_may_be_left(make_palm):
     model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     stream = model.stream(10**6, torch.tensor([1, 2]))
     first = next(stream)
-    assert first.shape == () and len(calls) == 1
+    assert first.shape == () and len(calls) == 2
     next(stream)
-    assert len(calls) == 2
+    assert len(calls) == 3
     stream.close()
     assert model.training
 

@@ -73,8 +73,7 @@ def test_cached_is_uncached_after_rows_left(make_palm, kind):
     left = torch.arange(4)
     for keep in ([0, 1, 2, 3], [0, 2, 3], [1, 2], [1]):
         keep = torch.tensor(keep)
-        left = left[keep]
-        cache.keep(keep)
+        left = left[cache.keep(keep)]
         for _ in range(3):  # grows on the way
             positions = cache.lengths[:, None]
             logits = model(tokens[left[:, None], positions], cache=cache)
@@ -85,11 +84,11 @@ def test_cached_is_uncached_after_rows_left(make_palm, kind):
 def test_slots_by_hand():
     cache = KVCache(depth=2, batch=2, kv_heads=1, max_len=3, dim_head=1)
     k = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 1, 2, 1)
-    new_k, new_v = cache.extend(1, k, -k, torch.tensor([[0, 1], [0, 1]]))
+    new_k, new_v = cache.extend(1, k, -k, torch.tensor([[0, 1], [0, 1]]), first=True)
     assert torch.equal(new_k, k) and torch.equal(new_v, -k)  # a first pass looks at its own keys
     cache.advance(torch.tensor([2, 1]), 2)
     five = torch.tensor([5.0, 6.0]).reshape(2, 1, 1, 1)
-    keys, values = cache.extend(1, five, -five, cache.lengths[:, None])
+    keys, values = cache.extend(1, five, -five, cache.lengths[:, None], first=False)
     assert keys[:, 0, :, 0].tolist() == [[1, 2, 5], [3, 6, 0]]  # row 1's padding is overwritten
     assert torch.equal(keys, -values)
     assert (cache.k[0] == 0).all()
@@ -109,7 +108,7 @@ def test_reading_copies_nothing_and_leaving_rows_free_no_memory():
 
 def test_growth_keeps_what_is_there_and_the_centre():
     cache = KVCache(depth=1, batch=1, kv_heads=1, max_len=4, dim_head=2)
-    cache.k.normal_()
+    cache.memory[0].normal_()
     before, centre = cache.k.clone(), cache.centre
     cache.advance(4, 4)
     cache.reserve(1)

@@ -1,0 +1,160 @@
+"""How one token a row is computed: plainly, from packed weights (CPU), or compiled and replayed (CUDA)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from shutil import which
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.linear import can_pack, packed_weights
+
+DECODERS = ("auto", "plain", "packed", "compiled")
+FEW = {"packed": 8, "compiled": 64}  # steps up to which getting ready would not pay
+LOOK_EVERY = 16  # steps between looks at a GPU's results: each look waits for it
+LENGTHS = 256  # static caches come in multiples of it, so that calls of like lengths share their graphs
+
+logger = logging.getLogger(__name__)
+
+
+class CachedModel(Protocol):
+    """What can be decoded from; PaLM is one."""
+
+    num_tokens: int
+
+    def new_cache(self, batch: int, max_len: int, static: bool = False) -> KVCache: ...
+
+    def next_logits(self, tokens: Tensor, cache: KVCache, **kwargs: Any) -> Tensor: ...
+
+    def __call__(self, x: Tensor, *, mask: Tensor | None = None, cache: KVCache, **kwargs: Any) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+@dataclass
+class Decoder:
+    """A cache without rows, and the step that goes with it.
+
+    step: tokens (m,), cache -> logits (m, v), of rows whose tokens are then counted. look_every: steps after which to
+    ask the device which rows have ended. fixed_sizes: a batch is the largest one, or a half, a quarter ... of it.
+    """
+
+    cache: KVCache
+    step: Callable[[Tensor, KVCache], Tensor]
+    look_every: int = 1
+    fixed_sizes: bool = False
+    batch: int = 1
+
+    def size_for(self, rows: int) -> int:
+        """The batch in which so many rows are computed."""
+        size = self.batch
+        while self.fixed_sizes and rows <= size // 2:
+            size //= 2
+        return size if self.fixed_sizes else rows
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self.cache.reserve(1)
+        logits = self.step(tokens, self.cache)
+        self.cache.advance(1, 1)
+        return logits
+
+
+def choose(model: CachedModel, steps: int, how: str = "auto") -> str:
+    """'auto' takes packed weights on a CPU and graphs on a GPU, where the machine has what they need and there are
+    steps enough to pay for getting ready.
+    """
+    if how not in DECODERS:
+        raise ValueError(f"decoder is one of {', '.join(DECODERS)}, got {how!r}")
+    weight = next(model.parameters())
+    best = "compiled" if weight.is_cuda else "packed"
+    wanted = best if how == "auto" else how
+    possible = {"plain": True, "packed": can_pack(weight), "compiled": can_compile(weight.device)}[wanted]
+    if not possible and how != "auto":
+        logger.warning("decoder=%r is not to be had here (%s, %s): plain steps", how, weight.device, weight.dtype)
+    return wanted if possible and (how != "auto" or steps > FEW[best]) else "plain"
+
+
+@contextmanager
+def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str = "auto", **kwargs) -> Iterator[Decoder]:
+    """A decoder of at most `batch` rows at once, each of at most max_len tokens. kwargs go to `next_logits`."""
+    how = choose(model, steps, how)
+    if how == "compiled":
+        with replayed(model, batch, max_len, **kwargs) as ready:
+            yield ready
+        return
+    cache = model.new_cache(batch, max_len)
+    cache.clear()
+    plain = Decoder(cache, partial(model.next_logits, **kwargs), LOOK_EVERY if cache.lengths.is_cuda else 1)
+    if how == "packed":
+        with packed_weights(model):
+            yield plain
+    else:
+        yield plain
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it makes its code with."""
+    return find_spec("triton") is not None if device.type == "cuda" else any(map(which, ("g++", "clang++", "c++")))
+
+
+class Compiled:
+    """`next_logits` compiled, with CUDA graphs where there is CUDA; a model that cannot be compiled is run plainly."""
+
+    def __init__(self, model: CachedModel, **kwargs: Any):
+        self.plain = partial(model.next_logits, **kwargs)
+        mode = "reduce-overhead" if next(model.parameters()).is_cuda else "default"
+        self.compiled = torch.compile(self.plain, mode=mode, fullgraph=True, dynamic=False)
+        self.ready: set[int] = set()
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if self.compiled is None:
+            return self.plain(tokens, cache)
+        torch.compiler.cudagraph_mark_step_begin()
+        if len(tokens) in self.ready:
+            return self.compiled(tokens, cache)
+        return self._first(tokens, cache)
+
+    def _first(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        started = time.perf_counter()
+        try:
+            logits = self.compiled(tokens, cache)
+        except Exception as error:  # whatever the compiler chokes on: the plain step gives the same
+            logger.warning("the decode step could not be compiled (%s); decoding goes on plainly", type(error).__name__)
+            self.compiled = None
+            return self.plain(tokens, cache)
+        self.ready.add(len(tokens))
+        seconds = time.perf_counter() - started
+        logger.info("compiled the decode step for %d rows of %d tokens in %.1f s", *tokens.shape, cache.max_len, seconds)
+        return logits
+
+
+spare: WeakKeyDictionary[CachedModel, tuple[tuple, Decoder]] = WeakKeyDictionary()  # the last one of each model
+
+
+@contextmanager
+def replayed(model: CachedModel, batch: int, max_len: int, **kwargs: Any) -> Iterator[Decoder]:
+    """A compiled decoder. It is kept, its cache too, for the next call of the same size: nothing is compiled or laid
+    out again.
+    """
+    max_len = -(-(max_len + LOOK_EVERY) // LENGTHS) * LENGTHS  # rows that have ended go on until somebody looks
+    weight = next(model.parameters())
+    key = (batch, max_len, weight.dtype, weight.device, tuple(kwargs.items()))
+    known, ready = spare.pop(model, (None, None))
+    if known != key:
+        cache = model.new_cache(batch, max_len, static=True)
+        for memory in cache.memory:
+            torch._dynamo.mark_static_address(memory)  # written in place within the graph
+        ready = Decoder(cache, Compiled(model, **kwargs), LOOK_EVERY, fixed_sizes=True, batch=batch)
+    ready.cache.clear()
+    yield ready
+    spare[model] = (key, ready)
