@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
-from palm_rlhf_pytorch.ops import linear_log_probs, scatter_to_mask
+from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.utils import eval_decorator
+from palm_rlhf_pytorch.vocabulary import linear_log_probs
 
 
 class PPOActionCriticReturn(NamedTuple):

@@ -134,7 +134,9 @@ class Compiled:
             return self.plain(tokens, cache)
         self.ready.add(len(tokens))
         seconds = time.perf_counter() - started
-        logger.info("compiled the decode step for %d rows of %d tokens in %.1f s", *tokens.shape, cache.max_len, seconds)
+        logger.info(
+            "compiled the decode step for %d rows of %d tokens in %.1f s", *tokens.shape, cache.max_len, seconds
+        )
         return logits
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
-from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask, log_softmax
+from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask
 from palm_rlhf_pytorch.utils import gumbel_sample, keep_largest, nucleus
+from palm_rlhf_pytorch.vocabulary import log_softmax
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
 FIRST_LENGTH = 4096  # positions laid out at first, where a caller allows more

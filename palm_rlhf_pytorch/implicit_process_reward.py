@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.ops import has_token_after_padding, linear_log_probs, scatter_to_mask
+from palm_rlhf_pytorch.ops import has_token_after_padding, scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.vocabulary import linear_log_probs
 
 
 class ImplicitPRM(nn.Module):

@@ -6,11 +6,7 @@ Axes, here and everywhere: b sequences, g samples of one prompt, n positions, d 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: what one chunk of logits may hold at most
 
 
 def masked_mean(
@@ -34,42 +30,6 @@ def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
     variance = masked_mean((t - mean) ** 2, mask, dim=None)
     whitened = (t - mean) * torch.rsqrt(variance + eps)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
-
-
-def entropy_of(log_probs: Tensor) -> Tensor:
-    """Entropy in nats of each distribution (..., v) -> (...); a log-prob of -inf counts as 0."""
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
-
-
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities in float32, whatever the dtype of the logits (..., v)."""
-    return (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
-
-
-def _chunk_log_probs(
-    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float, temperature: float
-) -> tuple[Tensor, Tensor]:
-    log_probs = log_softmax(F.linear(embeds, weight) * scale, temperature)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy_of(log_probs)
-
-
-def linear_log_probs(
-    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution, never holding all logits at once.
-
-    embeds (m, d), weight (v, d), targets (m,) -> log_probs (m,), entropy (m,), both float32. Rows go through
-    the vocabulary in chunks; each chunk's logits are made anew for its backward pass.
-    """
-    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-    if embeds.shape[0] <= rows:
-        return _chunk_log_probs(embeds, weight, targets, scale, temperature)
-    parts = [
-        checkpoint(_chunk_log_probs, e, weight, t, scale, temperature, use_reentrant=False)
-        for e, t in zip(embeds.split(rows), targets.split(rows), strict=True)
-    ]
-    log_probs, entropy = zip(*parts, strict=True)
-    return torch.cat(log_probs), torch.cat(entropy)
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from beartype import beartype
 from einops import rearrange
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
+from palm_rlhf_pytorch.vocabulary import linear_cross_entropy
 
 __all__ = ["LayerNorm", "PaLM", "ParallelTransformerBlock", "RotaryEmbedding", "SwiGLU"]
 
@@ -265,13 +265,12 @@ class PaLM(nn.Module):
 
         if return_only_embedding:
             return embeds
+        if return_loss and not return_logits_with_embedding:
+            embeds, labels = rearrange(embeds, "b n d -> (b n) d"), labels.reshape(-1)
+            ignored = self.cross_entropy_ignore_index
+            return linear_cross_entropy(embeds, self.to_logits.weight, labels, self.logit_scale, ignored)
         logits = self.logits_of(embeds)
-        if return_logits_with_embedding:
-            return logits, embeds
-        if not return_loss:
-            return logits
-        logits = rearrange(logits.float(), "b n v -> (b n) v")
-        return F.cross_entropy(logits, labels.reshape(-1), ignore_index=self.cross_entropy_ignore_index)
+        return (logits, embeds) if return_logits_with_embedding else logits
 
     def _layers(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None) -> Tensor:
         rotation = self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)

@@ -26,11 +26,13 @@ class Rotation:
     def over(self, heads: int, kv_heads: int) -> HeadsRotation:
         """The same for all heads of a layer at once, query heads first."""
         if self.q_cos is self.k_cos:
-            return HeadsRotation(*(heads_behind(t) for t in (self.q_cos, self.q_sin)))
-        pairs = (self.q_cos, self.k_cos), (self.q_sin, self.k_sin)
-        repeats = (heads, kv_heads)
-        both = [[heads_behind(t).expand(*t.shape[:-3], -1, r, -1) for t, r in zip(p, repeats, strict=True)] for p in pairs]
-        return HeadsRotation(*(torch.cat(pair, dim=-2) for pair in both))
+            return HeadsRotation(heads_behind(self.q_cos), heads_behind(self.q_sin))
+
+        def side_by_side(of_q: Tensor, of_k: Tensor) -> Tensor:
+            repeated = (heads_behind(t, times) for t, times in ((of_q, heads), (of_k, kv_heads)))
+            return torch.cat(tuple(repeated), dim=-2)
+
+        return HeadsRotation(side_by_side(self.q_cos, self.k_cos), side_by_side(self.q_sin, self.k_sin))
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class HeadsRotation:
         return rotate(qk, self.cos, self.sin)
 
 
-def heads_behind(t: Tensor) -> Tensor:
-    """(n, d) -> (n, 1, d); (b, 1, n, d) -> (b, n, 1, d)."""
-    return t.unsqueeze(-2) if t.ndim == 2 else t.transpose(-2, -3)
+def heads_behind(t: Tensor, heads: int = 1) -> Tensor:
+    """(n, d) -> (n, heads, d); (b, 1, n, d) -> (b, n, heads, d)."""
+    return (t.unsqueeze(-2) if t.ndim == 2 else t.transpose(-2, -3)).expand(*t.shape[:-3], -1, heads, -1)
 
 
 def rotate_half(t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ TINY = "--threads 1 --repeats 2 --dim 16 --depth 1 --heads 2 --dim-head 8 --voca
 COMMANDS = {
     "decode": "--batches 1 2 --length 12 --prompt 4 --positions 34 40 --copy-mib 8",
     "train": "--batch 2 --length 16 --copy-mib 8",
-    "memory": "--train-vocab 64 --train-dim 16 --train-length 16 --batches 2 --length 12 --minibatches 2 "
+    "memory": "--train-vocab 64 --train-dim 16 --train-length 16 --batches 2 --length 12 --minibatches "
     "--rollouts 4 --fixed-rollout 4 --fixed-minibatch 2 --ppo-prompt 4 --ppo-length 8 --peers none",
     "scaling": "--vary parameters --work step --dims 16 32 --batch 1 --length 16",
 }

@@ -1,0 +1,178 @@
+"""Log-probabilities over a vocabulary, without holding (positions, vocabulary) at once, in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: what one chunk of logits may hold at most
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities in float32, whatever the dtype of the logits (..., v)."""
+    return (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+
+
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Entropy in nats of each distribution (..., v) -> (...); a log-prob of -inf counts as 0."""
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
+
+
+def linear_log_probs(
+    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution softmax(scale * embeds @ weight^T / temperature).
+
+    embeds (m, d), weight (v, d), targets (m,) -> log_probs (m,), entropy (m,), both float32. Where m * v is more than
+    a chunk, rows go through the vocabulary in chunks, and each chunk's logits are made anew for its backward pass.
+    """
+    embeds, weight = as_computed(embeds, weight)
+    if embeds.shape[0] <= rows_of_chunk(weight):
+        log_probs = log_softmax(F.linear(embeds, weight) * scale, temperature)
+        return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy_of(log_probs)
+    with torch.autocast(embeds.device.type, enabled=False):  # what follows is float32 wherever sums are taken
+        return ChunkedLogProbs.apply(embeds, weight, targets, scale / temperature)
+
+
+def linear_cross_entropy(
+    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """-log softmax(scale * embeds @ weight^T)[target], the mean over those of embeds (m, d) whose targets (m,) are not
+    `ignore_index`; weight (v, d).
+
+    In chunks like `linear_log_probs`; gradients are made with the loss, so that no logits are computed twice. torch
+    has such a function from 2.13 on; on a CPU it takes four times as long (benchmarks/RESULTS.md).
+    """
+    embeds, weight = as_computed(embeds, weight)
+    if embeds.shape[0] <= rows_of_chunk(weight):
+        logits = F.linear(embeds, weight)
+        return F.cross_entropy((logits if scale == 1.0 else logits * scale).float(), targets, ignore_index=ignore_index)
+    counted = targets != ignore_index
+    shares = counted / counted.sum()
+    with torch.autocast(embeds.device.type, enabled=False):
+        return ChunkedCrossEntropy.apply(embeds, weight, targets.where(counted, 0), shares, scale)
+
+
+def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the precision that autocast asks for: the functions below are opaque to it."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    return tensors
+
+
+def rows_of_chunk(weight: Tensor) -> int:
+    return max(1, LOGITS_PER_CHUNK // weight.shape[0])
+
+
+def chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(rows_of_chunk(weight)) for t in tensors), strict=True)
+
+
+def chunk_log_probs(embeds: Tensor, weight: Tensor, scale: float) -> Tensor:
+    logits = F.linear(embeds, weight).float()
+    return logits.mul_(scale).log_softmax(dim=-1)
+
+
+def entropies(log_probs: Tensor) -> Tensor:
+    """As `entropy_of` where all is finite, without a second (m, v) of products."""
+    return -torch.einsum("mv,mv->m", log_probs.exp(), log_probs)
+
+
+def to_gradient_of_logits(
+    log_probs: Tensor, targets: Tensor, by_log_prob: Tensor, by_entropy: Tensor | None, scale: float
+) -> Tensor:
+    """Gradients (m,) by the targets' log-probs and by the entropies H -> that by the logits (m, v), in the memory of
+    log_probs: d log p_t / dz_j = [j = t] - p_j and dH / dz_j = -p_j (log p_j + H), each times scale.
+    """
+    if by_entropy is None:
+        gradient = log_probs.exp_().mul_(-by_log_prob[:, None])
+    else:
+        probs, level = log_probs.exp(), by_log_prob + by_entropy * entropies(log_probs)
+        gradient = log_probs.mul_(-by_entropy[:, None]).sub_(level[:, None]).mul_(probs)
+    gradient.scatter_add_(-1, targets[:, None], by_log_prob[:, None])
+    return gradient.mul_(scale)
+
+
+class Gradients:
+    """Those of embeds (m, d) and weight (v, d), gathered chunk by chunk; None where nobody needs them."""
+
+    def __init__(self, embeds: Tensor, weight: Tensor, needed: tuple[bool, bool]):
+        self.dtype = weight.dtype
+        self.embeds = torch.empty_like(embeds) if needed[0] else None
+        # sums over chunks are float32 whatever is summed
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.row = 0
+
+    def add(self, of_logits: Tensor, embeds: Tensor, weight: Tensor) -> None:
+        """Of the next chunk: of_logits (m, v) float32."""
+        of_logits = of_logits.to(self.dtype)
+        rows = slice(self.row, self.row + len(embeds))
+        self.row = rows.stop
+        if self.embeds is not None:
+            torch.mm(of_logits, weight, out=self.embeds[rows])
+        if self.weight is not None and self.dtype == torch.float32:
+            self.weight.addmm_(of_logits.t(), embeds)
+        elif self.weight is not None:
+            self.weight += of_logits.t() @ embeds
+
+    def pair(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.embeds, None if self.weight is None else self.weight.to(self.dtype)
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """`linear_log_probs` beyond one chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(embeds, weight, targets)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        parts = []
+        for e, t in chunks(weight, embeds, targets):
+            log_probs = chunk_log_probs(e, weight, scale)
+            parts.append((log_probs.gather(-1, t[:, None]).squeeze(-1), entropies(log_probs)))
+        log_probs, entropy = zip(*parts, strict=True)
+        return torch.cat(log_probs), torch.cat(entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_probs: Tensor | None, by_entropy: Tensor | None):
+        embeds, weight, targets = ctx.saved_tensors
+        gradients = Gradients(embeds, weight, ctx.needs_input_grad[:2])
+        if by_log_probs is None:
+            by_log_probs = torch.zeros(len(targets), device=targets.device)
+        columns = (embeds, targets, by_log_probs, *(() if by_entropy is None else (by_entropy,)))
+        for e, t, g, *h in chunks(weight, *columns):
+            log_probs = chunk_log_probs(e, weight, ctx.scale)
+            gradients.add(to_gradient_of_logits(log_probs, t, g, h[0] if h else None, ctx.scale), e, weight)
+        return *gradients.pair(), None, None
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """-sum of shares (m,) * log-probs, for `linear_cross_entropy` beyond one chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, scale: float) -> Tensor:
+        needed = ctx.needs_input_grad[:2]
+        gradients, total = Gradients(embeds, weight, needed), torch.zeros((), device=embeds.device)
+        for e, t, share in chunks(weight, embeds, targets, shares):
+            log_probs = chunk_log_probs(e, weight, scale)
+            total -= share @ log_probs.gather(-1, t[:, None]).squeeze(-1)
+            if any(needed):
+                gradients.add(to_gradient_of_logits(log_probs, t, -share, None, scale), e, weight)
+        ctx.gradients = gradients.pair()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("the loss's gradients were handed out already: compute it again to go backward again")
+        made, ctx.gradients = ctx.gradients, None
+        return *(None if t is None else t.mul_(gradient) for t in made), None, None, None

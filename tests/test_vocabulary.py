@@ -1,0 +1,121 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palm_rlhf_pytorch import vocabulary
+
+
+def test_entropy_by_hand_also_with_impossible_tokens():
+    log_probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.25, 0.5]]).log().requires_grad_()
+    entropy = vocabulary.entropy_of(log_probs)
+    assert entropy.tolist() == pytest.approx([math.log(2), 0.0, 1.5 * math.log(2)])
+    entropy.sum().backward()
+    assert log_probs.grad.isfinite().all()
+
+
+def test_log_softmax_is_float32_and_finite_at_a_gap_of_200():
+    logits = torch.tensor([[0.0, 200.0, -200.0]], dtype=torch.bfloat16)
+    log_probs = vocabulary.log_softmax(logits)
+    assert log_probs.dtype == torch.float32
+    assert log_probs.tolist() == [[-200.0, 0.0, -400.0]]
+    assert vocabulary.log_softmax(logits, temperature=2.0).tolist() == [[-100.0, 0.0, -200.0]]
+
+
+def test_bfloat16_logits_are_upcast_before_the_softmax():
+    embeds, weight = torch.randn(9, 8).bfloat16(), torch.randn(50, 8).bfloat16()
+    targets = torch.randint(0, 50, (9,))
+    log_probs, entropy = vocabulary.linear_log_probs(embeds, weight, targets)
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    exact = (embeds @ weight.t()).float().log_softmax(-1)
+    torch.testing.assert_close(log_probs, exact.gather(-1, targets[:, None]).squeeze(-1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.25, 0.7)])
+def test_linear_log_probs_in_chunks_is_the_whole(monkeypatch, scale, temperature):
+    embeds, weight = torch.randn(23, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets = torch.randint(0, 11, (23,))
+    plain = (embeds @ weight.t() * scale / temperature).log_softmax(-1)
+    expected = plain[torch.arange(23), targets], -(plain.exp() * plain).sum(-1)
+    coefficients = torch.randn(2, 23)
+    gradients = torch.autograd.grad(
+        sum((c * e).sum() for c, e in zip(coefficients, expected, strict=True)), (embeds, weight)
+    )
+
+    widths = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(vocabulary.F, "linear", lambda x, w: widths.append(len(x)) or linear(x, w))
+    for limit in (11 * 5, 1, 2**24):  # five rows of 11 logits; never less than one row; all at once
+        widths.clear()
+        monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", limit)
+        result = vocabulary.linear_log_probs(embeds, weight, targets, scale, temperature)
+        assert max(widths) == {55: 5, 1: 1, 2**24: 23}[limit]
+        for ours, theirs in zip(result, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        loss = sum((c * r).sum() for c, r in zip(coefficients, result, strict=True))
+        for ours, theirs in zip(torch.autograd.grad(loss, (embeds, weight)), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_linear_log_probs_of_nothing():
+    log_probs, entropy = vocabulary.linear_log_probs(
+        torch.randn(0, 8), torch.randn(5, 8), torch.zeros(0, dtype=torch.long)
+    )
+    assert log_probs.shape == entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("rows", [5, 1, 23])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_linear_cross_entropy_in_chunks_is_the_whole(monkeypatch, rows, scale):
+    embeds, weight = torch.randn(23, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets = torch.randint(0, 11, (23,)).masked_fill(torch.rand(23) < 0.3, 7)
+    expected = F.cross_entropy(embeds @ weight.t() * scale, targets, ignore_index=7)
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 11 * rows)
+    loss = vocabulary.linear_cross_entropy(embeds, weight, targets, scale, ignore_index=7)
+    torch.testing.assert_close(loss, expected)
+    theirs = torch.autograd.grad(3 * expected, (embeds, weight))
+    for ours, gradient in zip(torch.autograd.grad(3 * loss, (embeds, weight)), theirs, strict=True):
+        torch.testing.assert_close(ours, gradient, atol=1e-6, rtol=1e-5)
+    if rows < 23:
+        with pytest.raises(RuntimeError, match="handed out already"):
+            loss = vocabulary.linear_cross_entropy(embeds, weight, targets)
+            loss.backward(retain_graph=True)
+            loss.backward()
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    """A frozen vocabulary has no gradient, and an entropy that nobody uses none either."""
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 11 * 4)
+    embeds, weight = torch.randn(9, 8, requires_grad=True), torch.randn(11, 8)
+    targets = torch.randint(0, 11, (9,))
+    seen = []
+    pair = vocabulary.Gradients.pair
+    monkeypatch.setattr(vocabulary.Gradients, "pair", lambda self: seen.append(self.weight) or pair(self))
+    log_probs, entropy = vocabulary.linear_log_probs(embeds, weight, targets)
+    plain = (embeds @ weight.t()).log_softmax(-1)
+    for ours, theirs in ((log_probs, plain[torch.arange(9), targets]), (entropy, vocabulary.entropy_of(plain))):
+        (gradient,) = torch.autograd.grad(ours.sum(), embeds, retain_graph=True)
+        torch.testing.assert_close(gradient, torch.autograd.grad(theirs.sum(), embeds, retain_graph=True)[0])
+    vocabulary.linear_cross_entropy(embeds, weight, targets).backward()
+    assert seen == [None, None, None]
+
+
+def test_chunks_take_part_in_autocast_and_sum_in_float32(monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 50 * 4)
+    embeds, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (30,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = vocabulary.linear_cross_entropy(embeds, weight, targets)
+        log_probs, _ = vocabulary.linear_log_probs(embeds, weight, targets)
+    exact = vocabulary.linear_cross_entropy(embeds.bfloat16(), weight.bfloat16(), targets)
+    assert loss.dtype == log_probs.dtype == torch.float32 and torch.equal(loss, exact)
+    torch.testing.assert_close(-log_probs.mean(), loss)
+    whole = F.cross_entropy(embeds @ weight.t(), targets)
+    for total in (loss, -log_probs.mean()):
+        gradients = torch.autograd.grad(total, (embeds, weight))
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad(whole, (embeds, weight), retain_graph=True), strict=True
+        ):
+            assert ours.dtype == torch.float32
+            torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=5e-2)
