@@ -13,6 +13,7 @@ from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
+from palm_rlhf_pytorch.swiglu import SwiGLU, split_swiglu
 
 
 class LayerNorm(nn.Module):
@@ -26,14 +27,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.gamma + 1, self.beta, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """silu(second half) * first half (Shazeer, 2002.05202, eq. 6): (..., 2 f) -> (..., f)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.silu(gate) * x
 
 
 class Residual(nn.Module):
@@ -109,7 +102,7 @@ class ParallelTransformerBlock(nn.Module):
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
         x = self.norm(x)
         attn_inner, kv_inner, _, ff_inner = self.fused_dims
-        qk, v, ff = self.fused_attn_ff_proj(x).split((attn_inner + kv_inner, kv_inner, ff_inner), dim=-1)
+        qk, v, ff = split_swiglu(self.fused_attn_ff_proj(x), (attn_inner + kv_inner, kv_inner, ff_inner))
         if finetune_modules is not None:
             lora_q, lora_k, lora_v, lora_out = finetune_modules
             qk, v = qk + torch.cat((lora_q(x), lora_k(x)), dim=-1), v + lora_v(x)
@@ -129,4 +122,5 @@ class ParallelTransformerBlock(nn.Module):
         attended = self.attn_out(out)
         if finetune_modules is not None:
             attended = attended + lora_out(out)
-        return attended + self.ff_out(ff)
+        _, dropout, ff_out = self.ff_out
+        return attended + ff_out(dropout(ff))

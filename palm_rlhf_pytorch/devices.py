@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
+from torch.optim import AdamW
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -26,3 +29,8 @@ def accelerate_keywords(device: torch.device) -> dict[str, bool]:
 
 def accelerator_on(device: torch.device) -> Accelerator:
     return Accelerator(**accelerate_keywords(device))
+
+
+def fused(optimizer_class: Any, device: torch.device) -> dict[str, bool]:
+    """The keyword for AdamW's one-pass kernel, where there is one; nothing for other optimisers."""
+    return {"fused": True} if optimizer_class is AdamW and device.type in ("cpu", "cuda") else {}

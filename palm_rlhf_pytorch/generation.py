@@ -68,6 +68,7 @@ class Step:
     tokens: Tensor
     log_probs: Tensor | None
     alive: Tensor
+    ended: int  # rows that have left so far
 
 
 @dataclass
@@ -132,6 +133,7 @@ class Rows:
         self.rows = self.waiting[:0]
         self.tokens = prompts.new_empty(0)
         self.alive = torch.empty(0, dtype=torch.bool, device=prompts.device)
+        self.ended = 0  # rows that have left
 
     def look(self, batch: int, **forward_kwargs) -> bool:
         """Let rows that have ended go and others come; whether any is left. Waits for the device."""
@@ -141,6 +143,7 @@ class Rows:
         size = self.decoder.size_for(alive.numel() + come) if alive.numel() + come else 0
         ended = (~self.alive).nonzero().squeeze(-1)[: max(0, size - alive.numel() - come)]  # only fill up a fixed size
         stay = torch.cat((alive, ended)).sort().values
+        self.ended += self.rows.numel() - stay.numel()
         if stay.numel() < self.rows.numel():
             order = self.decoder.cache.keep(stay)
             self.rows, self.tokens, self.alive = self.rows[order], self.tokens[order], self.alive[order]
@@ -152,11 +155,11 @@ class Rows:
     def _come(self, rows: Tensor, **forward_kwargs) -> None:
         """Read all but the last token of these prompts, those of like lengths together; the last one is a step's."""
         cache, lengths = self.decoder.cache, self.lengths[rows] - 1
-        for group in groups_of_like_length(lengths.tolist(), PREFILL_TOKENS):
+        groups = groups_of_like_length(lengths, PREFILL_TOKENS)  # in the order of `rows`, which are sorted
+        for group in groups:
             part, n = cache.admit(len(group)), int(lengths[group[0]])
             if n > 0:
-                some = lengths[group]
-                real = lengths_to_mask(some, n)
+                real = lengths_to_mask(lengths[group], n)
                 ids = self.prompts[rows[group], :n].masked_fill(~real, 0)
                 self.model(ids, mask=real, cache=part, return_only_embedding=True, **forward_kwargs)
             cache.join(part)
@@ -200,7 +203,7 @@ def decode(
             if return_log_probs:
                 log_probs = log_softmax(logits).gather(-1, tokens[:, None]).squeeze(-1)
             positions = step.cache.lengths
-            yield Step(rows.rows, positions, tokens, log_probs, rows.alive)
+            yield Step(rows.rows, positions, tokens, log_probs, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1
             rows.alive = rows.alive & (positions + 1 < limits[rows.rows])
             if eos is not None:
@@ -215,9 +218,13 @@ def generate(
     sampling: Sampling,
     pad_value: int = 0,
     use_tqdm: bool = False,
+    on_ended: Callable[[int], None] | None = None,
     **decode_kwargs,
 ) -> Generation:
-    """Prompts (b, n) of given lengths (b,) -> sequences of at most max_len tokens, at least one of them new."""
+    """Prompts (b, n) of given lengths (b,) -> sequences of at most max_len tokens, at least one of them new.
+
+    `on_ended` hears of rows that have ended, how many since the last time.
+    """
     check_prompts(prompts, lengths, model.num_tokens)
     batch, n = prompts.shape
     limits = lengths.new_full((batch,), max_len)
@@ -229,6 +236,7 @@ def generate(
     response_mask = torch.zeros_like(prompt_mask)
     log_probs = torch.zeros(batch, width + 1, device=prompts.device)
 
+    heard = 0
     with tqdm(total=int((limits - lengths).clamp(min=1).sum()), unit="token", disable=not use_tqdm) as bar:
         for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
             place = step.rows, torch.where(step.alive, step.positions, width)
@@ -237,6 +245,11 @@ def generate(
             if step.log_probs is not None:
                 log_probs[place] = step.log_probs
             bar.update(step.rows.numel())
+            if on_ended is not None and step.ended > heard:
+                on_ended(step.ended - heard)
+                heard = step.ended
+    if on_ended is not None:
+        on_ended(batch - heard)
     mask = (prompt_mask | response_mask)[:, :width]
     end = int(mask.sum(dim=-1).max())
     wanted = decode_kwargs.get("return_log_probs", False)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_TOKENS = {"cpu": 128}  # that a pass should have; other devices want thousands
+
 
 def masked_mean(
     seq: Tensor, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = 1, keepdim: bool = False
@@ -47,21 +49,20 @@ def lengths_to_mask(lengths: Tensor, n: int) -> Tensor:
     return torch.arange(n, device=lengths.device) < lengths[:, None]
 
 
-def groups_of_like_length(
-    lengths: list[int], max_tokens: int | None = None, waste: float = 0.1, least_tokens: int = 128
-) -> list[list[int]]:
-    """Row numbers in groups to be computed together, longest first: padded to its longest row, no group spends more
-    than `waste` of its positions on padding, or more than max_tokens positions (a single row may). Groups of fewer
-    than least_tokens positions go on all the same: a pass of its own would cost more than the padding.
+def groups_of_like_length(lengths: Tensor, max_tokens: int | None = None, waste: float = 0.1) -> list[Tensor]:
+    """Row numbers of lengths (b,) in groups to be computed together, longest first. Padded to its longest row, no group
+    spends more than `waste` of its positions on padding, or takes more than max_tokens positions (a single row may).
+    Groups below `LEAST_TOKENS` grow all the same: a pass of its own would cost more than the padding.
     """
-    groups: list[list[int]] = []
-    longest = real = 0
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        positions = longest * (len(groups[-1]) + 1) if groups else 0
-        wasteful = positions - longest >= least_tokens and real + lengths[row] < (1 - waste) * positions
-        if not groups or wasteful or (max_tokens is not None and positions > max_tokens):
-            groups.append([])
-            longest, real = lengths[row], 0
-        groups[-1].append(row)
-        real += lengths[row]
-    return groups
+    least = LEAST_TOKENS.get(lengths.device.type, 4096)
+    lengths, order = lengths.sort(descending=True, stable=True)
+    cuts, start, real = [], 0, 0
+    known = lengths.tolist()
+    for row, length in enumerate(known):
+        positions = known[start] * (row + 1 - start)
+        wasteful = positions - known[start] >= least and real + length < (1 - waste) * positions
+        if row > start and (wasteful or (max_tokens is not None and positions > max_tokens)):
+            cuts.append(row)
+            start, real = row, 0
+        real += length
+    return list(order.tensor_split(cuts))

@@ -44,7 +44,9 @@ def token_rewards(experience: Experience, beta: float) -> Tensor:
     """r_t = -beta (log p - log p_ref) + [t is the response's last token] score -> (b, n)."""
     places = torch.arange(experience.sequence.shape[1], device=experience.sequence.device)
     last = places == (places * experience.response_mask).amax(dim=-1, keepdim=True)
-    rewards = -beta * (experience.log_probs - experience.ref_log_probs) + last * experience.scores[:, None]
+    rewards = last * experience.scores[:, None]
+    if beta != 0:
+        rewards = rewards - beta * (experience.log_probs - experience.ref_log_probs)
     return rewards.masked_fill(~experience.response_mask, 0.0)
 
 
@@ -82,6 +84,10 @@ class PPO(nn.Module):
         super().__init__()
         self.options, self.value_loss = options, value_loss
         self.actor_optim, self.critic_optim = actor_optim or {}, critic_optim or {}
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.options.kl_div_loss_weight != 0
 
     def parameter_groups(self, actor_critic: ActorCritic) -> list[dict[str, Any]]:
         actor, critic = actor_critic.actor_parameters(), actor_critic.critic_parameters()

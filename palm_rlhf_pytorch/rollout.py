@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.ops import groups_of_like_length
 from palm_rlhf_pytorch.reward import RewardModel
 
 Reward = RewardModel | Callable[[list, list], Any]
@@ -26,6 +27,9 @@ class RolloutOptions:
     temperature: float = 1.0
     pad_value: int = 0
     missing_eos_penalty: float = 0.0  # taken from the score of an unfinished response
+    max_batch: int | None = None  # sequences sampled at once
+    rows_at_once: int | None = None  # judged at once: as many tokens as this many of the longest sequences have
+    reference: bool = True  # whether log-probs of the starting policy are wanted
 
 
 class Scorer:
@@ -52,18 +56,33 @@ class Scorer:
             known = self.reward.palm.num_tokens
             raise ValueError(f"the reward model knows {known} tokens, but the policy writes {num_tokens}")
 
-    def __call__(self, generated: generation.Generation) -> Tensor:
-        """-> scores (b,) float32 on the sequence's device, all finite."""
-        device, batch = generated.sequence.device, generated.sequence.shape[0]
+    def __call__(
+        self, answers: Experience | generation.Generation, max_tokens: int | None = None, max_batch: int | None = None
+    ) -> Tensor:
+        """-> scores (b,) float32 on the sequence's device, all finite. A reward model reads at most max_tokens at
+        once, a function gets at most max_batch responses.
+        """
+        batch = answers.sequence.shape[0]
         if isinstance(self.reward, RewardModel):
-            own = next(self.reward.parameters()).device
-            inputs = (generated.sequence, generated.prompt_mask, generated.mask)
-            scores = self.reward.score(*(t.to(own) for t in inputs))
-        else:
-            scores = self.reward(
-                self._pieces(generated, generated.prompt_mask),
-                self._pieces(generated, generated.response_mask),
-            )
+            groups = groups_of_like_length(answers.mask.sum(dim=-1), max_tokens)
+            scores = torch.cat([self._rate(answers, rows) for rows in groups])
+            return self._checked(scores, batch, answers.sequence.device)[torch.cat(groups).argsort()]
+        prompts, responses = (self._pieces(answers, mask) for mask in (answers.prompt_mask, answers.response_mask))
+        size = max_batch or batch
+        parts = [
+            self._checked(self.reward(prompts[i : i + size], responses[i : i + size]), len(prompts[i : i + size]))
+            for i in range(0, batch, size)
+        ]
+        return torch.cat(parts).to(answers.sequence.device)
+
+    def _rate(self, answers: Experience | generation.Generation, rows: Tensor) -> Tensor:
+        """The reward model's scores of some rows."""
+        own, n = next(self.reward.parameters()).device, int(answers.mask[rows].sum(dim=-1).amax())
+        inputs = (answers.sequence, answers.prompt_mask, answers.mask)
+        return self.reward.score(*(t[rows, :n].to(own) for t in inputs))
+
+    def _checked(self, scores: Any, batch: int, device: torch.device | None = None) -> Tensor:
+        """What a reward returned, as a tensor (batch,), or refused."""
         try:
             scores = torch.as_tensor(scores, dtype=torch.float32, device=device).detach()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -77,8 +96,8 @@ class Scorer:
             raise ValueError("the reward returned a value that is not finite (NaN or infinite)")
         return scores
 
-    def _pieces(self, generated: generation.Generation, mask: Tensor) -> list:
-        ids = [row[keep] for row, keep in zip(generated.sequence, mask, strict=True)]
+    def _pieces(self, answers: Experience | generation.Generation, mask: Tensor) -> list:
+        ids = [row[keep] for row, keep in zip(answers.sequence, mask, strict=True)]
         return [self.tokenizer.decode(row.tolist()) for row in ids] if self.over == "text" else ids
 
 
@@ -91,13 +110,18 @@ def roll_out(
     group_ids: Tensor,
     options: RolloutOptions,
     generator: torch.Generator | None = None,
+    judge: Callable[[Experience], Experience] = lambda experience: experience,
+    on_ended: Callable[[int], None] | None = None,
 ) -> Experience:
-    """Answer prompts (b, n) of lengths (b,) together, score the answers, and judge every token.
+    """Answer prompts (b, n) of lengths (b,), `max_batch` at once, score the answers, and judge every token.
 
-    Samples from softmax(logits / temperature), unfiltered: the distribution that the log-probs are of.
+    Samples from softmax(logits / temperature), unfiltered: the distribution that the log-probs are of, so those of
+    sampling are kept. In reduced precision they are computed again, as learning will: rounding differs from one
+    token at a time to all at once.
     """
     actor_critic.eval()
     palm = actor_critic.actor_palm
+    exact = palm.token_emb.weight.dtype == torch.float32 and not torch.is_autocast_enabled(palm.device.type)
     with palm.merged(actor_critic.actor_lora_scope):
         generated = generation.generate(
             palm,
@@ -108,20 +132,33 @@ def roll_out(
             options.pad_value,
             eos_token=options.eos_token,
             generator=generator,
+            return_log_probs=exact,
+            max_batch=options.max_batch,
+            on_ended=on_ended,
         )
-    sequence, response_mask = generated.sequence, generated.response_mask
-    finished = ends_with_eos(sequence, generated.mask, options.eos_token)
-    judged = (sequence, response_mask, options.temperature)
-    return Experience(
-        sequence=sequence,
+    finished = ends_with_eos(generated.sequence, generated.mask, options.eos_token)
+
+    def with_log_probs(part: Experience) -> Experience:
+        judged = (part.sequence, part.response_mask, options.temperature)
+        if not exact:
+            part = replace(part, log_probs=actor_critic.log_probs(*judged).log_probs)
+        if options.reference:
+            part = replace(part, ref_log_probs=actor_critic.reference_log_probs(*judged))
+        return judge(part)
+
+    experience = Experience(
+        sequence=generated.sequence,
         prompt_mask=generated.prompt_mask,
-        response_mask=response_mask,
-        log_probs=actor_critic.log_probs(*judged).log_probs,
-        ref_log_probs=actor_critic.reference_log_probs(*judged),
-        scores=scorer(generated) - options.missing_eos_penalty * ~finished,
+        response_mask=generated.response_mask,
+        log_probs=generated.log_probs if exact else torch.zeros_like(generated.sequence, dtype=torch.float32),
+        scores=torch.zeros(len(prompts), device=prompts.device),
         finished=finished,
         group_ids=group_ids,
     )
+    tokens = None if options.rows_at_once is None else options.rows_at_once * experience.sequence.shape[1]
+    experience = experience.by_length(with_log_probs, tokens)
+    scores = scorer(experience, tokens, options.max_batch)
+    return replace(experience, scores=scores - options.missing_eos_penalty * ~finished)
 
 
 def ends_with_eos(sequence: Tensor, mask: Tensor, eos_token: int | tuple[int, ...] | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
+from palm_rlhf_pytorch.devices import fused
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
@@ -115,7 +116,9 @@ def fit(
     log = log or MetricsLog()
     module = LossModule(model, loss_of).to(accelerator.device)
     groups = decayed_groups(list(model.parameters()) if parameters is None else parameters, options.weight_decay)
-    module, optimizer = accelerator.prepare(module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95)))
+    module, optimizer = accelerator.prepare(
+        module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95), **fused(AdamW, accelerator.device))
+    )
     start, losses = 0, []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
         start, losses = _restore(checkpoint, model, optimizer, log)

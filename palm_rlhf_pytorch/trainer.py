@@ -6,9 +6,10 @@ import atexit
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,10 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch import generation, resuming
 from palm_rlhf_pytorch.actor_critic import ActorCritic, PolicyOutput
+from palm_rlhf_pytorch.devices import fused
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.ops import groups_of_like_length
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
@@ -34,6 +37,7 @@ class Algorithm(Protocol):
     """What one algorithm says and the loop does not. A plain `nn.Module`, so that its own parts are saved with it."""
 
     samples_per_prompt: int
+    needs_reference: bool  # whether log-probs of the starting policy are wanted (True where this is missing)
 
     def judge(self, actor_critic: ActorCritic, experience: Experience) -> Experience:
         """Add what must be known before learning starts (values, say), without gradient; called on small batches."""
@@ -55,7 +59,8 @@ class LearnOptions:
     """How one batch of experience is learned from."""
 
     minibatch_size: int = 16
-    micro_batch_size: int | None = None  # sequences computed at once; None: the whole minibatch
+    # sequences computed at once (as many tokens as this many of the longest have); None: the whole minibatch
+    micro_batch_size: int | None = None
     epochs: int = 1
     max_norm: float | None = None  # gradient clipping, each parameter group by itself
     normalize_reward: bool = False  # scale scores to mean 0, std 1 on the starting policy's first rollouts
@@ -119,7 +124,9 @@ class OnPolicyTrainer:
             reward.to(self.accelerate.device).eval()
 
         learner = Learner(actor_critic, algorithm).to(self.accelerate.device)
-        self.optimizer = optimizer_class(algorithm.parameter_groups(actor_critic))
+        self.optimizer = optimizer_class(
+            algorithm.parameter_groups(actor_critic), **fused(optimizer_class, self.accelerate.device)
+        )
         self.learner, self.optimizer = self.accelerate.prepare(learner, self.optimizer)
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
@@ -199,7 +206,8 @@ class OnPolicyTrainer:
                 row = self.update(count, max_batch_size, options, bar)
                 self.prompts_done += count
                 self.metrics.append(row)
-                bar.set_postfix({k: f"{row[k]:.3g}" for k in ("reward", "kl", "entropy", "tokens_per_second")})
+                shown = ("reward", "kl", "entropy", "tokens_per_second")
+                bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row})
                 if on_update is not None:
                     on_update(row)
         self.prompts_done = 0
@@ -225,24 +233,34 @@ class OnPolicyTrainer:
 
     def roll_out(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
         """Answers to the next `count` prompts (this process's share of them), scored and judged."""
+        options = replace(
+            options,
+            max_batch=max_batch_size,
+            rows_at_once=self.options.micro_batch_size or self.options.minibatch_size,
+            reference=getattr(self.algorithm, "needs_reference", True),
+        )
         processes = self.accelerate.num_processes
         if count < processes:
             raise ValueError(f"update_timesteps={count} leaves some of {processes} processes without a prompt")
         rows = self.prompts.draw(count // processes * processes, self.order)  # equal shares: gradients wait for all
         rows = rows[self.accelerate.process_index :: processes]
+        ids, lengths = self.prompts.rows(rows)
         samples = self.algorithm.samples_per_prompt
-        parts = []
-        for start in range(0, len(rows), max_batch_size):
-            some = rows[start : start + max_batch_size]
-            ids, lengths = self.prompts.rows(some)
-            ids, lengths = generation.repeat_prompts(ids.to(self.device), lengths.to(self.device), samples)
-            groups = torch.arange(len(some), device=self.device).repeat_interleave(samples)
-            with torch.no_grad(), self.accelerate.autocast():  # in the precision that learning computes in
-                part = roll_out(self.actor_critic, self.scorer, ids, lengths, groups, options, generator=self.generator)
-                parts.append(self.algorithm.judge(self.actor_critic, part))
-            if bar is not None:
-                bar.update(len(some) * processes)
-        return self._scaled(Experience.cat(parts))
+        ids, lengths = generation.repeat_prompts(ids.to(self.device), lengths.to(self.device), samples)
+        groups = torch.arange(len(rows), device=self.device).repeat_interleave(samples)
+        with torch.no_grad(), self.accelerate.autocast():  # in the precision that learning computes in
+            experience = roll_out(
+                self.actor_critic,
+                self.scorer,
+                ids,
+                lengths,
+                groups,
+                options,
+                self.generator,
+                partial(self.algorithm.judge, self.actor_critic),
+                None if bar is None else lambda ended: bar.update(ended * processes / samples),
+            )
+        return self._scaled(experience)
 
     def _scaled(self, experience: Experience) -> Experience:
         if self.options.normalize_reward:
@@ -283,14 +301,18 @@ class OnPolicyTrainer:
             yield torch.isin(group_of, groups).nonzero().squeeze(-1)
 
     def _take_step(self, batch: Experience, temperature: float) -> Metrics:
-        micro = self.options.micro_batch_size or len(batch)
+        micro = self.options.micro_batch_size
+        longest = None if micro is None else micro * batch.sequence.shape[1]
         tokens = batch.lengths.sum()
         totals: dict[str, Tensor] = {}
-        for start in range(0, len(batch), micro):
-            part = batch[slice(start, start + micro)]
+        *before, last = groups_of_like_length(batch.mask.sum(dim=-1), longest)
+        for rows in (*before, last):
+            part = batch[rows]
             share = part.lengths.sum() / tokens  # means over tokens add up to the minibatch's mean
-            loss, numbers = self.learner(part, temperature)
-            self.accelerate.backward(loss * share)
+            # processes may have different numbers of parts: gradients are put together with the last
+            with nullcontext() if rows is last else self.accelerate.no_sync(self.learner):
+                loss, numbers = self.learner(part, temperature)
+                self.accelerate.backward(loss * share)
             for name, value in numbers.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * share
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
@@ -388,10 +410,11 @@ def describe(experience: Experience) -> Metrics:
     numbers = {
         "reward": float(experience.scores.mean()),
         "reward_std": float(experience.scores.std(correction=0)),
-        "kl": float(experience.kl.mean()),
         "response_length": float(lengths.mean()),
         "finished": float(experience.finished.float().mean()),
     }
+    if experience.kl is not None:
+        numbers["kl"] = float(experience.kl.mean())
     if experience.values is not None and experience.returns is not None:
         returns, error = experience.returns[mask], (experience.returns - experience.values)[mask]
         variance = float(returns.var(correction=0))

@@ -45,7 +45,9 @@ def only_response(experience, t):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_01_reference_unchanged(lora):
-    """Updates leave the reference's bits alone; KL to it is exactly 0 at step 0 and not afterwards."""
+    """Updates leave the reference's bits alone; KL to it is 0 at step 0 (but for rounding: sampling computes a token
+    at a time) and not afterwards.
+    """
     trainer = tiny_trainer(actor_lora=lora, critic_lora=lora, epochs=2)
     reference = trainer.actor_critic.reference_palm
     before = [p.clone() for p in reference.palm_parameters()]
@@ -54,7 +56,7 @@ def test_01_reference_unchanged(lora):
     assert all(torch.equal(p, q) for p, q in zip(before, reference.palm_parameters(), strict=True))
     assert torch.equal(answer, reference(PROMPTS))
     kl = [row["kl"] for row in trainer.history]
-    assert kl[0] == 0 and all(k != 0 for k in kl[1:])
+    assert abs(kl[0]) < 1e-6 and all(abs(k) > 1e-3 for k in kl[1:])
     fresh = rolled(trainer.actor_critic)
     assert (fresh.kl != 0).all()
 

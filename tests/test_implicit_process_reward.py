@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from palm_rlhf_pytorch import ops
+from palm_rlhf_pytorch import vocabulary
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
 
 X = torch.randint(0, 17, (3, 8), generator=torch.Generator().manual_seed(2))
@@ -21,7 +21,7 @@ def make_prm(make_palm):
 def test_rewards_by_hand(make_prm, monkeypatch, rows_at_once):
     prm = make_prm(beta=0.3)
     if rows_at_once:
-        monkeypatch.setattr(ops, "LOGITS_PER_CHUNK", 17 * rows_at_once)
+        monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 17 * rows_at_once)
     rewards = prm(PADDED)
     assert rewards.shape == (3, 7)
     for i, row in enumerate(PADDED):
