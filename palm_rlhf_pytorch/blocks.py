@@ -10,7 +10,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention
-from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, split_swiglu
@@ -74,9 +73,9 @@ class ParallelTransformerBlock(nn.Module):
             self.k_scale = nn.Parameter(torch.ones(dim_head))
         self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
         self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
-        self.fused_attn_ff_proj = Linear(dim, sum(self.fused_dims))
-        self.attn_out = Linear(attn_inner, dim)
-        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), Linear(ff_inner, dim))
+        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
+        self.attn_out = nn.Linear(attn_inner, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
 
     def new_lora(self, r: int) -> nn.ModuleList:
         """Adapters for q, k, v and the attention output."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.linear import can_pack, packed_weights
+from palm_rlhf_pytorch.packed_step import PackedStep, can_pack
 
 DECODERS = ("auto", "plain", "packed", "compiled")
 FEW = {"packed": 8, "compiled": 64}  # steps up to which getting ready would not pay
@@ -69,16 +69,18 @@ class Decoder:
         return logits
 
 
-def choose(model: CachedModel, steps: int, how: str = "auto") -> str:
+def choose(model: CachedModel, steps: int, how: str = "auto", adapters: bool = False) -> str:
     """'auto' takes packed weights on a CPU and graphs on a GPU, where the machine has what they need and there are
-    steps enough to pay for getting ready.
+    steps enough to pay for getting ready. Packed weights have no adapters beside them (merge those).
     """
     if how not in DECODERS:
         raise ValueError(f"decoder is one of {', '.join(DECODERS)}, got {how!r}")
     weight = next(model.parameters())
     best = "compiled" if weight.is_cuda else "packed"
     wanted = best if how == "auto" else how
-    possible = {"plain": True, "packed": can_pack(weight), "compiled": can_compile(weight.device)}[wanted]
+    possible = {"plain": True, "packed": can_pack(model) and not adapters, "compiled": can_compile(weight.device)}[
+        wanted
+    ]
     if not possible and how != "auto":
         logger.warning("decoder=%r is not to be had here (%s, %s): plain steps", how, weight.device, weight.dtype)
     return wanted if possible and (how != "auto" or steps > FEW[best]) else "plain"
@@ -87,19 +89,15 @@ def choose(model: CachedModel, steps: int, how: str = "auto") -> str:
 @contextmanager
 def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str = "auto", **kwargs) -> Iterator[Decoder]:
     """A decoder of at most `batch` rows at once, each of at most max_len tokens. kwargs go to `next_logits`."""
-    how = choose(model, steps, how)
+    how = choose(model, steps, how, bool(kwargs.get("finetune_scope")))
     if how == "compiled":
         with replayed(model, batch, max_len, **kwargs) as ready:
             yield ready
         return
     cache = model.new_cache(batch, max_len)
     cache.clear()
-    plain = Decoder(cache, partial(model.next_logits, **kwargs), LOOK_EVERY if cache.lengths.is_cuda else 1)
-    if how == "packed":
-        with packed_weights(model):
-            yield plain
-    else:
-        yield plain
+    step = PackedStep(model, batch) if how == "packed" else partial(model.next_logits, **kwargs)
+    yield Decoder(cache, step, LOOK_EVERY if cache.lengths.is_cuda else 1)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -154,8 +152,7 @@ def replayed(model: CachedModel, batch: int, max_len: int, **kwargs: Any) -> Ite
     known, ready = spare.pop(model, (None, None))
     if known != key:
         cache = model.new_cache(batch, max_len, static=True)
-        for memory in cache.memory:
-            torch._dynamo.mark_static_address(memory)  # written in place within the graph
+        torch._dynamo.mark_static_address(cache.memory)  # written in place within the graph
         ready = Decoder(cache, Compiled(model, **kwargs), LOOK_EVERY, fixed_sizes=True, batch=batch)
     ready.cache.clear()
     yield ready

@@ -5,6 +5,8 @@ from __future__ import annotations
 from copy import copy
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 
@@ -28,15 +30,15 @@ class KVCache:
         device: torch.device | str = "cpu",
         static: bool = False,
     ):
-        shape = (depth, batch, kv_heads, max_len, dim_head)
-        self.memory = (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        # a position's key and value lie side by side: one write for both
+        self.memory = torch.zeros(depth, batch, max_len, 2, kv_heads, dim_head, dtype=dtype, device=device)
         self.centre = max_len // 2
         self.static = static
         self.clear(batch)
 
     def clear(self, rows: int = 0) -> None:
         """Start again with `rows` empty rows in the same memory."""
-        device = self.memory[0].device
+        device = self.memory.device
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.places = torch.arange(rows, device=device)
         self.filled = 0  # no row is longer: known without asking the device
@@ -47,15 +49,15 @@ class KVCache:
 
     @property
     def k(self) -> Tensor:
-        return self.memory[0][:, : self.rows]
+        return rearrange(self.memory[:, : self.rows, :, 0], "l b n h d -> l b h n d")
 
     @property
     def v(self) -> Tensor:
-        return self.memory[1][:, : self.rows]
+        return rearrange(self.memory[:, : self.rows, :, 1], "l b n h d -> l b h n d")
 
     @property
     def max_len(self) -> int:
-        return self.memory[0].shape[3]
+        return self.memory.shape[2]
 
     def reserve(self, n: int) -> None:
         """Make room for n more positions behind the longest row."""
@@ -64,16 +66,22 @@ class KVCache:
         if self.static:
             raise ValueError(f"a static cache of {self.max_len} positions cannot take {self.filled + n}")
         more = max(self.filled + n, 2 * self.max_len) - self.max_len
-        self.memory = tuple(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in self.memory)
+        self.memory = F.pad(self.memory, (0, 0, 0, 0, 0, 0, 0, more))
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Store k, v (b, kv_heads, n, d) at positions (b, n)."""
-        for memory, new in zip(self.memory, (k, v), strict=True):
-            memory[layer][self.places[:, None], :, positions] = new.transpose(1, 2).to(memory.dtype)
+        both = rearrange([k, v], "two b h n d -> b n two h d")
+        self.memory[layer][self.places[:, None], positions] = both.to(self.memory.dtype)
+
+    def write_one(self, layer: int, kv: Tensor) -> None:
+        """Store one position of every row, its keys and then its values side by side: (b, 2 kv_heads d)."""
+        slots = self.memory[layer].view(-1, kv.shape[-1])
+        slots.index_copy_(0, self.places * self.max_len + self.lengths, kv)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` slots, as views (b, kv_heads, length, d)."""
-        return self.k[layer, :, :, :length], self.v[layer, :, :, :length]
+        kept = self.memory[layer, : self.rows, :length].transpose(1, 3)  # (b, kv_heads, 2, length, d)
+        return kept[:, :, 0], kept[:, :, 1]
 
     def span(self, n: int) -> int:
         """How many slots the next n tokens look at."""
@@ -101,8 +109,7 @@ class KVCache:
         gaps = torch.ones(count, dtype=torch.bool, device=rows.device).index_fill_(0, stays, False).nonzero()[:, 0]
         movers = rows[rows >= count]
         order[gaps] = movers
-        for memory in self.memory:
-            memory[:, gaps, :, :used] = memory[:, movers, :, :used]
+        self.memory[:, gaps, :used] = self.memory[:, movers, :used]
         self.lengths, self.places = self.lengths[order], self.places[:count]
         self.filled = int(self.lengths.max()) if count else 0
         return order
@@ -110,7 +117,7 @@ class KVCache:
     def admit(self, count: int) -> KVCache:
         """The next `count` rows of the memory, empty, as a cache of their own: to be filled, then to `join`."""
         part = copy(self)
-        part.memory = tuple(t[:, self.rows : self.rows + count] for t in self.memory)
+        part.memory = self.memory[:, self.rows : self.rows + count]
         part.clear(count)
         return part
 

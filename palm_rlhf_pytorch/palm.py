@@ -18,7 +18,6 @@ from palm_rlhf_pytorch.attention import causal_key_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.linear import Linear
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
 from palm_rlhf_pytorch.vocabulary import linear_cross_entropy
@@ -100,7 +99,7 @@ class PaLM(nn.Module):
         )
         self.layers = nn.ModuleList([Residual(block()) for _ in range(depth)])
         self.norm = LayerNorm(dim, norm_eps)
-        self.to_logits = Linear(dim, num_tokens)
+        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
         self.to_logits.weight = self.token_emb.weight
         nn.init.normal_(self.token_emb.weight, std=0.02)
 

@@ -108,7 +108,7 @@ def test_reading_copies_nothing_and_leaving_rows_free_no_memory():
 
 def test_growth_keeps_what_is_there_and_the_centre():
     cache = KVCache(depth=1, batch=1, kv_heads=1, max_len=4, dim_head=2)
-    cache.memory[0].normal_()
+    cache.memory.normal_()
     before, centre = cache.k.clone(), cache.centre
     cache.advance(4, 4)
     cache.reserve(1)
