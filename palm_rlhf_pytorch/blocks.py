@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
-from palm_rlhf_pytorch.swiglu import SwiGLU, split_swiglu
+from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu
 
 
 class LayerNorm(nn.Module):
@@ -101,7 +101,8 @@ class ParallelTransformerBlock(nn.Module):
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
         x = self.norm(x)
         attn_inner, kv_inner, _, ff_inner = self.fused_dims
-        qk, v, ff = split_swiglu(self.fused_attn_ff_proj(x), (attn_inner + kv_inner, kv_inner, ff_inner))
+        qkv, ff = project_swiglu(x, self.fused_attn_ff_proj.weight, ff_inner // 2)
+        qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         if finetune_modules is not None:
             lora_q, lora_k, lora_v, lora_out = finetune_modules
             qk, v = qk + torch.cat((lora_q(x), lora_k(x)), dim=-1), v + lora_v(x)
