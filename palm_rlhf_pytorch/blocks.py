@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
-from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu
+from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
 
 
 class LayerNorm(nn.Module):
@@ -100,8 +100,8 @@ class ParallelTransformerBlock(nn.Module):
     ) -> Tensor:
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
         x = self.norm(x)
-        attn_inner, kv_inner, _, ff_inner = self.fused_dims
-        qkv, ff = project_swiglu(x, self.fused_attn_ff_proj.weight, ff_inner // 2)
+        attn_inner, kv_inner, *_ = self.fused_dims
+        qkv, ff = self._project(x)
         qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         if finetune_modules is not None:
             lora_q, lora_k, lora_v, lora_out = finetune_modules
@@ -122,5 +122,12 @@ class ParallelTransformerBlock(nn.Module):
         attended = self.attn_out(out)
         if finetune_modules is not None:
             attended = attended + lora_out(out)
+        return attended + ff
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, normed (b, n, d) -> queries, keys and values side by side, and what the feedforward gives (b, n, d)."""
         _, dropout, ff_out = self.ff_out
-        return attended + ff_out(dropout(ff))
+        if dropout.p == 0 or not self.training:
+            return project_swiglu(x, self.fused_attn_ff_proj.weight, ff_out.weight)
+        qkv, ff = split(self.fused_attn_ff_proj(x), ff_out.weight)
+        return qkv, self.ff_out(ff)

@@ -136,21 +136,24 @@ class PPO(nn.Module):
         log_ratio = policy.log_probs - experience.log_probs
         policy_loss = masked_mean(clipped_policy_loss(log_ratio, experience.advantages, eps), mask, dim=None)
         entropy = masked_mean(policy.entropy, mask, dim=None)
-        predicted = self.prefix_values(actor_critic, experience)[mask]
-        value_loss = self.value_loss(predicted, experience.values[mask], experience.returns[mask]).mean()
-        loss = policy_loss + value_loss - self.options.beta_s * entropy
+        loss = policy_loss - self.options.beta_s * entropy
 
         with torch.no_grad():
             ratio = log_ratio.exp()
             numbers = {
                 "policy_loss": policy_loss,
-                "value_loss": value_loss,
                 "entropy": entropy,
                 "clip_fraction": masked_mean(((ratio - 1).abs() > eps).float(), mask, dim=None),
                 # E[rho - 1 - log rho], the k3 estimate of KL(old || new): never negative
                 "approx_kl": masked_mean(ratio - 1 - log_ratio, mask, dim=None),
             }
         return loss, {name: value.detach() for name, value in numbers.items()}
+
+    def critic_loss(self, actor_critic: ActorCritic, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = experience.response_mask
+        predicted = self.prefix_values(actor_critic, experience)[mask]
+        loss = self.value_loss(predicted, experience.values[mask], experience.returns[mask]).mean()
+        return loss, {"value_loss": loss.detach()}
 
 
 class RLHFTrainer(OnPolicyTrainer):

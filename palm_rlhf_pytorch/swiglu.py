@@ -23,62 +23,83 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * x
 
 
-def project_swiglu(x: Tensor, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """x (..., d), weight (o + 2 width, d) -> x W^T: the first o as they are, the others through SwiGLU (..., width)."""
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if training and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return ProjectSwiGLU.apply(x, weight, width)
-    projected = F.linear(x, weight)
-    first, last = projected.split((weight.shape[0] - 2 * width, 2 * width), dim=-1)
-    return first, swiglu(last)
+def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """One projection for attention and feedforward, and the feedforward's way out.
+
+    x (..., d), into (o + 2 f, d), out (d, f) -> x W^T's first o as they are (..., o), and its others through SwiGLU
+    and `out` (..., d).
+    """
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, into, out))
+    if trained and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return ProjectSwiGLU.apply(x, into, out)
+    first, last = split(F.linear(x, into), out)
+    return first, F.linear(swiglu(last), out)
+
+
+def split(projected: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., o + 2 f) -> (..., o), (..., 2 f)."""
+    both = 2 * out.shape[1]
+    return projected.split((projected.shape[-1] - both, both), dim=-1)
 
 
 class ProjectSwiGLU(torch.autograd.Function):
     """`project_swiglu` for training on a CPU, where memory is what counts.
 
     Each part is a matrix of its own: torch's backward pass would copy the parts' gradients together twice, and what is
-    above 32 MiB is handed back to the system and cleared anew every time. On a GPU one product is faster.
+    above 32 MiB is handed back to the system and cleared anew every time. What goes into `out` is not kept, its
+    factors are. On a GPU one product is faster.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        first, value, gate = (F.linear(x, w) for w in weight.split((len(weight) - 2 * width, width, width)))
-        ctx.save_for_backward(x, weight, value, gate)
-        ctx.width = width
-        return first, F.silu(gate).mul_(value)
+    def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        first, value, gate = (F.linear(x, w) for w in parts(into, out))
+        ctx.save_for_backward(x, into, out, value, gate)
+        return first, F.linear(F.silu(gate).mul_(value), out)
 
     @staticmethod
-    def backward(ctx: Any, to_first: Tensor, to_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, value, gate = ctx.saved_tensors
-        width = ctx.width
+    def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
+        x, into, out, value, gate = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives: the plain formula has them
-            projected = F.linear(x, weight)
-            outputs = projected[..., : -2 * width], swiglu(projected[..., -2 * width :])
-            wanted = [t for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(outputs, wanted, (to_first, to_out), create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
-        gradients = (to_first, *swiglu_backward(to_out, value, gate))
-        gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        weights = weight.split((len(weight) - 2 * width, width, width))
-        to_x = to_weight = None
+            first, last = split(F.linear(x, into), out)
+            outputs = first, F.linear(swiglu(last), out)
+            wanted = [t for t, needed in zip((x, into, out), ctx.needs_input_grad, strict=True) if needed]
+            found = iter(torch.autograd.grad(outputs, wanted, (to_first, to_last), create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        flat = [t.reshape(-1, t.shape[-1]) for t in (x, value, gate, to_first, to_last)]
+        rows, value, gate, to_first, to_last = flat
+        inner, to_value, to_gate = swiglu_backward(to_last @ out, value, gate)
+        gradients = to_first, to_value, to_gate
+        to_x = to_into = to_out = None
         if ctx.needs_input_grad[0]:
+            weights = parts(into, out)
             to_x = gradients[0] @ weights[0]
             for g, w in zip(gradients[1:], weights[1:], strict=True):
                 to_x.addmm_(g, w)
             to_x = to_x.view(x.shape)
         if ctx.needs_input_grad[1]:
-            to_weight, rows = torch.empty_like(weight), x.reshape(-1, x.shape[-1])
-            for g, place in zip(gradients, to_weight.split([len(w) for w in weights]), strict=True):
+            to_into = torch.empty_like(into)
+            for g, place in zip(gradients, parts(to_into, out), strict=True):
                 torch.mm(g.t(), rows, out=place)
-        return to_x, to_weight, None
+        if ctx.needs_input_grad[2]:
+            to_out = to_last.t() @ inner
+        return to_x, to_into, to_out
 
 
-def swiglu_backward(to_out: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of silu(gate) * value by value and by gate, all (..., f)."""
-    to_value, to_gate = torch.empty_like(value), torch.empty_like(gate)
+def parts(into: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of `into` that make the first, the value and the gate."""
+    width = out.shape[1]
+    return into.split((len(into) - 2 * width, width, width))
+
+
+def swiglu_backward(to_inner: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(gate) * value again, and its gradients by value and by gate; all (m, f), the last in to_inner's memory."""
+    inner, to_value = torch.empty_like(value), torch.empty_like(value)
     rows = max(1, BLOCK // value.shape[-1])
-    blocks = (t.reshape(-1, t.shape[-1]).split(rows) for t in (to_out, value, gate, to_value, to_gate))
-    for g, v, z, out_value, out_gate in zip(*blocks, strict=True):
-        torch.mul(g, F.silu(z), out=out_value)
-        torch.ops.aten.silu_backward.grad_input(g * v, z, grad_input=out_gate)
-    return to_value, to_gate
+    for g, v, z, inside, by_value in zip(
+        *(t.split(rows) for t in (to_inner, value, gate, inner, to_value)), strict=True
+    ):
+        silu = F.silu(z)
+        torch.mul(silu, v, out=inside)
+        torch.mul(silu, g, out=by_value)
+        torch.ops.aten.silu_backward.grad_input(g.mul_(v), z, grad_input=g)
+    return inner, to_value, to_inner

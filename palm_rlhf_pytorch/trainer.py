@@ -50,6 +50,11 @@ class Algorithm(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a minibatch, a mean over its response tokens, and detached numbers about it."""
 
+    def critic_loss(self, actor_critic: ActorCritic, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of what does not need the policy; may be missing. Learned from on its own, so that the policy's
+        and the critic's activations are never in memory together.
+        """
+
     def parameter_groups(self, actor_critic: ActorCritic) -> list[dict[str, Any]]:
         """What is trained, as an optimiser's parameter groups."""
 
@@ -82,9 +87,22 @@ class Learner(nn.Module):
         super().__init__()
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
-    def forward(self, experience: Experience, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        policy = self.actor_critic.log_probs(experience.sequence, experience.response_mask, temperature)
-        return self.algorithm.loss(self.actor_critic, policy, experience)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The losses that add up to the whole."""
+        return ("policy", "critic") if hasattr(self.algorithm, "critic_loss") else ("policy",)
+
+    def forward(self, experience: Experience, temperature: float, *parts: str) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, numbers = [], {}
+        for part in parts or self.parts:
+            if part == "policy":
+                policy = self.actor_critic.log_probs(experience.sequence, experience.response_mask, temperature)
+                loss, found = self.algorithm.loss(self.actor_critic, policy, experience)
+            else:
+                loss, found = self.algorithm.critic_loss(self.actor_critic, experience)
+            losses.append(loss)
+            numbers.update(found)
+        return sum(losses), numbers
 
 
 class OnPolicyTrainer:
@@ -235,7 +253,7 @@ class OnPolicyTrainer:
         """Answers to the next `count` prompts (this process's share of them), scored and judged."""
         options = replace(
             options,
-            max_batch=max_batch_size,
+            max_batch=max_batch_size * self.algorithm.samples_per_prompt,
             rows_at_once=self.options.micro_batch_size or self.options.minibatch_size,
             reference=getattr(self.algorithm, "needs_reference", True),
         )
@@ -311,10 +329,11 @@ class OnPolicyTrainer:
             share = part.lengths.sum() / tokens  # means over tokens add up to the minibatch's mean
             # processes may have different numbers of parts: gradients are put together with the last
             with nullcontext() if rows is last else self.accelerate.no_sync(self.learner):
-                loss, numbers = self.learner(part, temperature)
-                self.accelerate.backward(loss * share)
-            for name, value in numbers.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() * share
+                for terms in self._terms():
+                    loss, numbers = self.learner(part, temperature, *terms)
+                    self.accelerate.backward(loss * share)
+                    for name, value in numbers.items():
+                        totals[name] = totals.get(name, 0.0) + value.detach() * share
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
         for group in self.optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
@@ -322,6 +341,11 @@ class OnPolicyTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {name: float(value) for name, value in totals.items()}
+
+    def _terms(self) -> list[tuple[str, ...]]:
+        """The losses to go backward from one by one; several processes need every gradient in one pass."""
+        parts = self.accelerate.unwrap_model(self.learner).parts
+        return [(part,) for part in parts] if self.accelerate.num_processes == 1 else [parts]
 
     # answers
 
