@@ -49,7 +49,7 @@ def run_batch(options: argparse.Namespace, workers: Mapping[str, Worker], batch:
     request = dict(do="sample", batch=batch, prompt=options.prompt, length=options.length)
     requests = dict.fromkeys(sides, request)
     if options.decoder:
-        requests |= {label: {**request, "how": options.decoder} for label in sides if label.startswith("ours")}
+        requests |= {label: {**request, "decoder": options.decoder} for label in sides if label.startswith("ours")}
     if options.static_cache and "transformers" in sides:
         requests[STATIC], sides[STATIC] = {**request, "static": True}, sides["transformers"]
     repeats = {

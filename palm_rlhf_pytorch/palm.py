@@ -20,7 +20,7 @@ from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, 
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
-from palm_rlhf_pytorch.vocabulary import linear_cross_entropy
+from palm_rlhf_pytorch.vocabulary import Lookup, linear_cross_entropy
 
 __all__ = ["LayerNorm", "PaLM", "ParallelTransformerBlock", "RotaryEmbedding", "SwiGLU"]
 
@@ -256,7 +256,12 @@ class PaLM(nn.Module):
         lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
         if mask is None and not self.causal:
             mask = x >= 0
-        embeds = self.token_emb(x.clamp(min=0))
+        ids, tied = x.clamp(min=0), None
+        if return_loss and not return_logits_with_embedding and Lookup.usable(x, self.token_emb.weight):
+            tied = []
+            embeds = Lookup.apply(ids, self.token_emb.weight, tied)
+        else:
+            embeds = self.token_emb(ids)
         if extra_embed is not None:
             embeds = embeds + extra_embed
         embeds = self._layers(embeds, mask, lora) if cache is None else self._cached(embeds, mask, lora, cache)
@@ -267,7 +272,7 @@ class PaLM(nn.Module):
         if return_loss and not return_logits_with_embedding:
             embeds, labels = rearrange(embeds, "b n d -> (b n) d"), labels.reshape(-1)
             ignored = self.cross_entropy_ignore_index
-            return linear_cross_entropy(embeds, self.to_logits.weight, labels, self.logit_scale, ignored)
+            return linear_cross_entropy(embeds, self.to_logits.weight, labels, self.logit_scale, ignored, tied)
         logits = self.logits_of(embeds)
         return (logits, embeds) if return_logits_with_embedding else logits
 
@@ -372,6 +377,8 @@ class PaLM(nn.Module):
         generator: torch.Generator | None = None,
         return_log_probs: bool = False,
         finetune_scope: str | None = None,
+        max_batch: int | None = None,
+        decoder: str = "auto",
         **kwargs,
     ) -> Tensor | generation.Generation:
         """Draw up to seq_len tokens, the prompt's included, after prompt (n,) or (..., n); at least one is drawn.
@@ -381,6 +388,9 @@ class PaLM(nn.Module):
         Generation stops when every row has met `eos_token` (an id or several); what follows a row's EOS is
         `pad_value`. With return_log_probs the result is a `Generation`, whose log_probs are of the distribution
         sampled from (at temperature 0: of the model's). Without a prompt a random token starts, and is returned too.
+        Of more than `max_batch` prompts the others wait and take the places of those that end. decoder: 'plain' steps,
+        'packed' weights (a CPU's), 'compiled' steps with CUDA graphs (compiling takes its time, once for each size and
+        batch), or 'auto': see `decoder.choose`.
         """
         whole = not return_seq_without_prompt or prompt is None
         generator = generator or seeded(seed, self.device)
@@ -401,6 +411,8 @@ class PaLM(nn.Module):
                 eos_token=eos_token,
                 generator=generator,
                 return_log_probs=return_log_probs,
+                max_batch=max_batch,
+                how=decoder,
                 **kwargs,
             )
         if return_log_probs:

@@ -40,10 +40,15 @@ def linear_log_probs(
 
 
 def linear_cross_entropy(
-    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, ignore_index: int = -100
+    embeds: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    tied: list[Tensor] | None = None,
 ) -> Tensor:
     """-log softmax(scale * embeds @ weight^T)[target], the mean over those of embeds (m, d) whose targets (m,) are not
-    `ignore_index`; weight (v, d).
+    `ignore_index`; weight (v, d). `tied`: see `Lookup`.
 
     In chunks like `linear_log_probs`; gradients are made with the loss, so that no logits are computed twice. torch
     has such a function from 2.13 on; on a CPU it takes four times as long (benchmarks/RESULTS.md).
@@ -55,7 +60,7 @@ def linear_cross_entropy(
     counted = targets != ignore_index
     shares = counted / counted.sum()
     with torch.autocast(embeds.device.type, enabled=False):
-        return ChunkedCrossEntropy.apply(embeds, weight, targets.where(counted, 0), shares, scale)
+        return ChunkedCrossEntropy.apply(embeds, weight, targets.where(counted, 0), shares, scale, tied)
 
 
 def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -76,7 +81,10 @@ def chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def chunk_log_probs(embeds: Tensor, weight: Tensor, scale: float) -> Tensor:
     logits = F.linear(embeds, weight).float()
-    return logits.mul_(scale).log_softmax(dim=-1)
+    if scale != 1.0:
+        logits *= scale
+    # in place where that is known to be safe: a CPU's kernel is done with a row before it writes it
+    return torch.log_softmax(logits, dim=-1, out=logits) if logits.device.type == "cpu" else logits.log_softmax(dim=-1)
 
 
 def entropies(log_probs: Tensor) -> Tensor:
@@ -137,6 +145,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         for e, t in chunks(weight, embeds, targets):
             log_probs = chunk_log_probs(e, weight, scale)
             parts.append((log_probs.gather(-1, t[:, None]).squeeze(-1), entropies(log_probs)))
+            del log_probs
         log_probs, entropy = zip(*parts, strict=True)
         return torch.cat(log_probs), torch.cat(entropy)
 
@@ -151,6 +160,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         for e, t, g, *h in chunks(weight, *columns):
             log_probs = chunk_log_probs(e, weight, ctx.scale)
             gradients.add(to_gradient_of_logits(log_probs, t, g, h[0] if h else None, ctx.scale), e, weight)
+            del log_probs
         return *gradients.pair(), None, None
 
 
@@ -158,7 +168,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """-sum of shares (m,) * log-probs, for `linear_cross_entropy` beyond one chunk."""
 
     @staticmethod
-    def forward(ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, shares: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        embeds: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shares: Tensor,
+        scale: float,
+        tied: list[Tensor] | None,
+    ) -> Tensor:
         needed = ctx.needs_input_grad[:2]
         gradients, total = Gradients(embeds, weight, needed), torch.zeros((), device=embeds.device)
         for e, t, share in chunks(weight, embeds, targets, shares):
@@ -166,7 +184,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total -= share @ log_probs.gather(-1, t[:, None]).squeeze(-1)
             if any(needed):
                 gradients.add(to_gradient_of_logits(log_probs, t, -share, None, scale), e, weight)
-        ctx.gradients = gradients.pair()
+            del log_probs  # or two chunks would be in memory
+        ctx.gradients, ctx.tied = gradients.pair(), tied
         return total
 
     @staticmethod
@@ -175,4 +194,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss's gradients were handed out already: compute it again to go backward again")
         made, ctx.gradients = ctx.gradients, None
-        return *(None if t is None else t.mul_(gradient) for t in made), None, None, None
+        to_embeds, to_weight = (None if t is None else t.mul_(gradient) for t in made)
+        if ctx.tied is not None and to_weight is not None:
+            ctx.tied.append(to_weight)
+            to_weight = None
+        return to_embeds, to_weight, None, None, None, None
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a weight (v, d) that is the vocabulary's too: ids (b, n) -> (b, n, d).
+
+    Through the list `tied`, which `linear_cross_entropy` gets as well, the vocabulary's gradient comes here, where the
+    rows' own is added to it: otherwise there would be two tensors as large as the weight.
+    """
+
+    @staticmethod
+    def usable(ids: Tensor, weight: Tensor) -> bool:
+        """Where the loss goes in chunks, in the weight's own precision, and nothing compiles it."""
+        plain = torch.is_autocast_enabled(weight.device.type) or torch.compiler.is_compiling()
+        return weight.requires_grad and ids.numel() > rows_of_chunk(weight) and not plain
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, tied: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.tied = tied
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        ids, weight = ctx.saved_tensors
+        total = ctx.tied.pop() if ctx.tied else torch.zeros_like(weight)
+        return None, total.index_add_(0, ids.flatten(), gradient.flatten(0, -2)), None

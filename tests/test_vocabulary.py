@@ -119,3 +119,28 @@ def test_chunks_take_part_in_autocast_and_sum_in_float32(monkeypatch):
         ):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("trained", ["all", "embedding", "norm"])
+def test_a_tied_vocabulary_has_one_gradient(make_palm, monkeypatch, trained):
+    """The loss in chunks, whose gradient waits for the looked-up rows', is the plain loss; ids may come twice."""
+    model, ids = make_palm(cross_entropy_ignore_index=3), torch.randint(0, 5, (3, 9))
+    parameters = {
+        "all": [p for n, p in model.named_parameters()],
+        "embedding": [model.token_emb.weight],
+        "norm": [model.norm.gamma],
+    }[trained]
+    logits = model(ids[:, :-1])
+    plain = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=3)
+    expected = torch.autograd.grad(plain, parameters)
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 17 * 5)
+    loss = model(ids, return_loss=True)
+    torch.testing.assert_close(loss, plain)
+    for ours, theirs in zip(torch.autograd.grad(2 * loss, parameters), expected, strict=True):
+        torch.testing.assert_close(ours, 2 * theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_lookup_without_the_loss_has_its_own_gradient():
+    weight, ids, tied = torch.randn(7, 4, requires_grad=True), torch.tensor([[1, 1, 6]]), []
+    vocabulary.Lookup.apply(ids, weight, tied).sum().backward()
+    assert weight.grad[:, 0].tolist() == [0, 2, 0, 0, 0, 0, 1]
