@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
 from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask
-from palm_rlhf_pytorch.utils import gumbel_sample, keep_largest, nucleus
+from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_largest, nucleus
 from palm_rlhf_pytorch.vocabulary import log_softmax
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
@@ -50,9 +50,14 @@ class Sampling:
         return logits if self.top_p is None else nucleus(logits, self.top_p)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (b, v) -> tokens (b,) and the logits they were drawn from."""
-        logits = self.shape(logits)
-        return gumbel_sample(logits, 0.0 if self.temperature == 0 else 1.0, generator=generator), logits
+        """Logits (b, v) -> tokens (b,), and the log-probs (b, v) that they were drawn from (of the likeliest tokens at
+        temperature 0: the model's).
+        """
+        log_probs = log_softmax(self.shape(logits))
+        if self.temperature == 0:
+            return log_probs.argmax(dim=-1), log_probs
+        sample = gumbel_sample if log_probs.is_cuda else inverse_cdf_sample
+        return sample(log_probs, generator=generator), log_probs
 
 
 @dataclass
@@ -198,10 +203,8 @@ def decode(
             logits = step(rows.tokens)
             if steps == 0 and not logits.isfinite().all():
                 raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
-            tokens, logits = sampling.draw(logits, generator)
-            log_probs = None
-            if return_log_probs:
-                log_probs = log_softmax(logits).gather(-1, tokens[:, None]).squeeze(-1)
+            tokens, log_probs = sampling.draw(logits, generator)
+            log_probs = log_probs.gather(-1, tokens[:, None]).squeeze(-1) if return_log_probs else None
             positions = step.cache.lengths
             yield Step(rows.rows, positions, tokens, log_probs, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock
 from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.rotary import HeadsRotation
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
@@ -80,16 +81,14 @@ class PackedLayer:
             gains = block.q_scale.expand(block.heads, -1), block.k_scale.expand(block.kv_heads, -1)
             self.gains = torch.cat(gains).detach()
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, layer: int, visible: Tensor | None
-    ) -> Tensor:
-        """x (m, dim); cos, sin (m, heads, d); visible (m, 1, 1, j), added to the scores."""
-        m, d, (attn, kv, _, _) = len(x), cos.shape[-1], self.sizes
+    def __call__(self, x: Tensor, turns: HeadsRotation, cache: KVCache, layer: int, visible: Tensor | None) -> Tensor:
+        """x (m, dim); turns of the rows' positions (m, heads, d); visible (m, 1, 1, j), added to the scores."""
+        m, d, (attn, kv, _, _) = len(x), turns.cos.shape[-1], self.sizes
         y = self.into(self.norm(x))
         qk = y[:, : attn + kv].view(m, self.heads + self.kv_heads, d)
         if self.gains is not None:
             qk = F.normalize(qk, dim=-1) * self.gains
-        qk = torch.addcmul(qk * cos, qk.roll(d // 2, -1), sin)
+        qk = turns.rotate(qk)
         y[:, attn : attn + kv] = qk[:, self.heads :].reshape(m, kv)  # keys, turned, beside the values
         cache.write_one(layer, y[:, attn : attn + 2 * kv])
         keys, values = cache.read(layer, cache.span(1))
@@ -101,27 +100,12 @@ class PackedLayer:
         return self.out.plus(inner, x)
 
 
-class Turns:
-    """cos and sin (max_len, heads + kv_heads or 1, d) of every position of a cache. sin has its sign: rotate_half is a
-    roll by half a head, with the first half negated.
-    """
-
-    def __init__(self, palm: PaLM, cache: KVCache):
-        self.max_len, self.centre = cache.max_len, cache.centre
-        rotation = palm.rotary_emb(cache.max_len, cache.centre).over(palm.heads, palm.kv_heads)
-        first, second = rotation.sin.chunk(2, dim=-1)
-        self.cos, self.sin = rotation.cos.contiguous(), torch.cat((-first, second), dim=-1)
-
-    def fits(self, cache: KVCache) -> bool:
-        return (self.max_len, self.centre) == (cache.max_len, cache.centre)
-
-
 class PackedStep:
     """Call it like `PaLM.next_logits`: tokens (m,), cache -> logits (m, v). Weights that change are packed again."""
 
     def __init__(self, palm: PaLM, rows: int):
         self.palm, self.rows = palm, rows
-        self.turns: Turns | None = None
+        self.turns: tuple[tuple[int, float], HeadsRotation] | None = None
         self._pack()
 
     def _pack(self) -> None:
@@ -135,16 +119,21 @@ class PackedStep:
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if [p._version for p in self.sources] != self.versions:
             self._pack()
-        if self.turns is None or not self.turns.fits(cache):
-            self.turns = Turns(self.palm, cache)
-        positions = cache.lengths
-        cos, sin = self.turns.cos[positions], self.turns.sin[positions]
+        positions, turns = cache.lengths, self._turns(cache)
+        turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
         visible = None
         if int(positions.min()) + 1 < cache.span(1):
             unseen = torch.arange(cache.span(1)) > positions[:, None]
             visible = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
         x = F.embedding(tokens, self.palm.token_emb.weight)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, cache, i, visible)
+            x = layer(x, turns, cache, i, visible)
         logits = self.to_logits(self.norm(x))
         return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
+
+    def _turns(self, cache: KVCache) -> HeadsRotation:
+        """Of every position that the cache has room for."""
+        size = cache.max_len, cache.centre
+        if self.turns is None or self.turns[0] != size:
+            self.turns = size, self.palm.rotary_emb(*size).over(self.palm.heads, self.palm.kv_heads)
+        return self.turns[1]

@@ -26,25 +26,33 @@ class Rotation:
     def over(self, heads: int, kv_heads: int) -> HeadsRotation:
         """The same for all heads of a layer at once, query heads first."""
         if self.q_cos is self.k_cos:
-            return HeadsRotation(heads_behind(self.q_cos), heads_behind(self.q_sin))
+            return HeadsRotation(heads_behind(self.q_cos), signed(heads_behind(self.q_sin)))
 
         def side_by_side(of_q: Tensor, of_k: Tensor) -> Tensor:
             repeated = (heads_behind(t, times) for t, times in ((of_q, heads), (of_k, kv_heads)))
             return torch.cat(tuple(repeated), dim=-2)
 
-        return HeadsRotation(side_by_side(self.q_cos, self.k_cos), side_by_side(self.q_sin, self.k_sin))
+        return HeadsRotation(side_by_side(self.q_cos, self.k_cos), signed(side_by_side(self.q_sin, self.k_sin)))
 
 
 @dataclass(frozen=True)
 class HeadsRotation:
-    """What turns queries and keys side by side: cos and sin (n, h, d) or (b, n, h, d), h 1 where all heads agree."""
+    """What turns queries and keys side by side: cos and sin (n, h, d) or (b, n, h, d), h 1 where all heads agree.
+
+    sin is negated in its first half, so that `rotate_half` is a roll by half a head: one copy instead of two.
+    """
 
     cos: Tensor
     sin: Tensor
 
     def rotate(self, qk: Tensor) -> Tensor:
         """qk (b, n, heads + kv_heads, d), turned."""
-        return rotate(qk, self.cos, self.sin)
+        return torch.addcmul(qk * self.cos, qk.roll(qk.shape[-1] // 2, dims=-1), self.sin).to(qk.dtype)
+
+
+def signed(sin: Tensor) -> Tensor:
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
 
 
 def heads_behind(t: Tensor, heads: int = 1) -> Tensor:
@@ -60,7 +68,7 @@ def rotate_half(t: Tensor) -> Tensor:
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """t (..., d), turned in float32 and given back in its own dtype."""
-    return torch.addcmul(t * cos, rotate_half(t), sin).to(t.dtype)
+    return (t * cos + rotate_half(t) * sin).to(t.dtype)
 
 
 class RotaryEmbedding(nn.Module):

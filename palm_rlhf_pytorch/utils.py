@@ -44,6 +44,19 @@ def gumbel_sample(
     return (t.float() / temperature + gumbel_noise(t, generator)).argmax(dim=dim)
 
 
+def inverse_cdf_sample(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from log_probs (b, v) along the last axis -> (b,): where their running sum first passes a uniform number.
+
+    One random number a row where `gumbel_sample` takes v: on a CPU those cost more than the model. Summed in float64;
+    what has no probability is never drawn.
+    """
+    cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device, generator=generator)
+    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, below, right=True).squeeze(-1)
+
+
 def keep_largest(logits: Tensor, count: int) -> Tensor:
     """Logits (..., v) with all but the `count` largest at -inf."""
     values, indices = logits.topk(min(count, logits.shape[-1]), dim=-1)

@@ -85,3 +85,21 @@ def test_masked_mean_is_the_one_of_ops():
     from palm_rlhf_pytorch import ops
 
     assert utils.masked_mean is ops.masked_mean
+
+
+def test_inverse_cdf_sample_follows_the_distribution_and_never_draws_what_has_none():
+    log_probs = torch.tensor([0.0, 0.25, 0.0, 0.6, 0.15, 0.0]).log().expand(40_000, -1)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    drawn, again = (utils.inverse_cdf_sample(log_probs, generator=g) for g in generators)
+    assert torch.equal(drawn, again)
+    frequencies = drawn.bincount(minlength=6) / 40_000
+    torch.testing.assert_close(frequencies, log_probs[0].exp(), atol=0.01, rtol=0)
+    assert (frequencies[[0, 2, 5]] == 0).all()
+
+
+def test_inverse_cdf_sample_at_the_ends(monkeypatch):
+    """The smallest and largest uniform numbers draw the first and last token that have a probability."""
+    log_probs = torch.tensor([[0.0, 0.3, 0.7, 0.0]]).log()
+    for uniform, token in ((0.0, 1), (1.0, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *_, u=uniform, **__: torch.full((1, 1), u, dtype=torch.float64))
+        assert utils.inverse_cdf_sample(log_probs).tolist() == [token]
