@@ -16,7 +16,7 @@ from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
 from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.utils import eval_decorator
-from palm_rlhf_pytorch.vocabulary import linear_log_probs
+from palm_rlhf_pytorch.vocabulary import linear_log_probs, target_log_probs
 
 
 class PPOActionCriticReturn(NamedTuple):
@@ -44,16 +44,17 @@ def response_log_probs(
 
     Only places that predict a response token meet the vocabulary. Padding is on the right.
     """
+    flat = linear_log_probs(*predictions(palm, sequence, response_mask, scope), palm.logit_scale, temperature or 1.0)
+    return PolicyOutput(*(scatter_to_mask(t, response_mask) for t in flat))
+
+
+def predictions(
+    palm: PaLM, sequence: Tensor, response_mask: Tensor, scope: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (m, d) of the places that predict response tokens, the vocabulary (v, d), and those tokens (m,)."""
     embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope)
     follows = response_mask[:, 1:]  # place t predicts token t + 1
-    flat = linear_log_probs(
-        embeds[:, :-1][follows],
-        palm.to_logits.weight,
-        sequence[:, 1:][follows],
-        palm.logit_scale,
-        temperature or 1.0,
-    )
-    return PolicyOutput(*(scatter_to_mask(t, response_mask) for t in flat))
+    return embeds[:, :-1][follows], palm.to_logits.weight, sequence[:, 1:][follows]
 
 
 class ActorCritic(nn.Module):
@@ -148,7 +149,9 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def reference_log_probs(self, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0) -> Tensor:
         """The same (b, n) under the starting policy."""
-        return response_log_probs(self.reference_palm, sequence, response_mask, temperature).log_probs
+        palm = self.reference_palm
+        predicted = predictions(palm, sequence, response_mask)
+        return scatter_to_mask(target_log_probs(*predicted, palm.logit_scale, temperature or 1.0), response_mask)
 
     def values(self, sequence: Tensor, mask: Tensor | None = None) -> Tensor:
         """Values of the prefixes sequence[:, : t + 1] at [:, t]: (b, n), or (b, n, bins) with several outputs.

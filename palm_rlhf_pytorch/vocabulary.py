@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32: what one chunk of logits may hold at most
+LOGITS_PER_CHUNK = 2**22  # 16 MiB in float32, which a CPU's caches still serve
+ROWS_PER_CHUNK = 64  # at least: each chunk reads the whole weight
+ON_GPU = 16  # times as many: there, products want to be large
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -39,6 +41,19 @@ def linear_log_probs(
         return ChunkedLogProbs.apply(embeds, weight, targets, scale / temperature)
 
 
+@torch.no_grad()
+def target_log_probs(
+    embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, temperature: float = 1.0
+) -> Tensor:
+    """The first of `linear_log_probs` alone, without gradient (m,)."""
+    embeds, weight = as_computed(embeds, weight)
+    parts = [
+        chunk_log_probs(e, weight, scale / temperature).gather(-1, t[:, None]).squeeze(-1)
+        for e, t in chunks(weight, embeds, targets)
+    ]
+    return torch.cat(parts)
+
+
 def linear_cross_entropy(
     embeds: Tensor,
     weight: Tensor,
@@ -57,6 +72,8 @@ def linear_cross_entropy(
     if embeds.shape[0] <= rows_of_chunk(weight):
         logits = F.linear(embeds, weight)
         return F.cross_entropy((logits if scale == 1.0 else logits * scale).float(), targets, ignore_index=ignore_index)
+    if not torch.is_grad_enabled():  # a Function is not told, and would make gradients
+        embeds, weight = embeds.detach(), weight.detach()
     counted = targets != ignore_index
     shares = counted / counted.sum()
     with torch.autocast(embeds.device.type, enabled=False):
@@ -72,7 +89,8 @@ def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def rows_of_chunk(weight: Tensor) -> int:
-    return max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    times = ON_GPU if weight.is_cuda else 1
+    return max(ROWS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0]) * times
 
 
 def chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -93,18 +111,24 @@ def entropies(log_probs: Tensor) -> Tensor:
 
 
 def to_gradient_of_logits(
-    log_probs: Tensor, targets: Tensor, by_log_prob: Tensor, by_entropy: Tensor | None, scale: float
+    log_probs: Tensor,
+    targets: Tensor,
+    by_log_prob: Tensor,
+    scale: float,
+    entropy: Tensor | None = None,
+    by_entropy: Tensor | None = None,
 ) -> Tensor:
     """Gradients (m,) by the targets' log-probs and by the entropies H -> that by the logits (m, v), in the memory of
     log_probs: d log p_t / dz_j = [j = t] - p_j and dH / dz_j = -p_j (log p_j + H), each times scale.
     """
+    by_log_prob = by_log_prob * scale
     if by_entropy is None:
         gradient = log_probs.exp_().mul_(-by_log_prob[:, None])
     else:
-        probs, level = log_probs.exp(), by_log_prob + by_entropy * entropies(log_probs)
+        by_entropy = by_entropy * scale
+        probs, level = log_probs.exp(), by_log_prob + by_entropy * entropy
         gradient = log_probs.mul_(-by_entropy[:, None]).sub_(level[:, None]).mul_(probs)
-    gradient.scatter_add_(-1, targets[:, None], by_log_prob[:, None])
-    return gradient.mul_(scale)
+    return gradient.scatter_add_(-1, targets[:, None], by_log_prob[:, None])
 
 
 class Gradients:
@@ -138,7 +162,6 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(embeds, weight, targets)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         parts = []
@@ -146,20 +169,21 @@ class ChunkedLogProbs(torch.autograd.Function):
             log_probs = chunk_log_probs(e, weight, scale)
             parts.append((log_probs.gather(-1, t[:, None]).squeeze(-1), entropies(log_probs)))
             del log_probs
-        log_probs, entropy = zip(*parts, strict=True)
-        return torch.cat(log_probs), torch.cat(entropy)
+        log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(embeds, weight, targets, entropy)
+        return log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_log_probs: Tensor | None, by_entropy: Tensor | None):
-        embeds, weight, targets = ctx.saved_tensors
+        embeds, weight, targets, entropy = ctx.saved_tensors
         gradients = Gradients(embeds, weight, ctx.needs_input_grad[:2])
         if by_log_probs is None:
             by_log_probs = torch.zeros(len(targets), device=targets.device)
-        columns = (embeds, targets, by_log_probs, *(() if by_entropy is None else (by_entropy,)))
-        for e, t, g, *h in chunks(weight, *columns):
+        entropies_too = () if by_entropy is None else (entropy, by_entropy)
+        for e, t, g, *h in chunks(weight, embeds, targets, by_log_probs, *entropies_too):
             log_probs = chunk_log_probs(e, weight, ctx.scale)
-            gradients.add(to_gradient_of_logits(log_probs, t, g, h[0] if h else None, ctx.scale), e, weight)
+            gradients.add(to_gradient_of_logits(log_probs, t, g, ctx.scale, *h), e, weight)
             del log_probs
         return *gradients.pair(), None, None
 
@@ -183,7 +207,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_probs = chunk_log_probs(e, weight, scale)
             total -= share @ log_probs.gather(-1, t[:, None]).squeeze(-1)
             if any(needed):
-                gradients.add(to_gradient_of_logits(log_probs, t, -share, None, scale), e, weight)
+                gradients.add(to_gradient_of_logits(log_probs, t, -share, scale), e, weight)
             del log_probs  # or two chunks would be in memory
         ctx.gradients, ctx.tied = gradients.pair(), tied
         return total

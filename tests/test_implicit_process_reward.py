@@ -22,6 +22,7 @@ def test_rewards_by_hand(make_prm, monkeypatch, rows_at_once):
     prm = make_prm(beta=0.3)
     if rows_at_once:
         monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 17 * rows_at_once)
+        monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
     rewards = prm(PADDED)
     assert rewards.shape == (3, 7)
     for i, row in enumerate(PADDED):

@@ -49,6 +49,7 @@ def test_linear_log_probs_in_chunks_is_the_whole(monkeypatch, scale, temperature
     for limit in (11 * 5, 1, 2**24):  # five rows of 11 logits; never less than one row; all at once
         widths.clear()
         monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", limit)
+        monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
         result = vocabulary.linear_log_probs(embeds, weight, targets, scale, temperature)
         assert max(widths) == {55: 5, 1: 1, 2**24: 23}[limit]
         for ours, theirs in zip(result, expected, strict=True):
@@ -72,6 +73,7 @@ def test_linear_cross_entropy_in_chunks_is_the_whole(monkeypatch, rows, scale):
     targets = torch.randint(0, 11, (23,)).masked_fill(torch.rand(23) < 0.3, 7)
     expected = F.cross_entropy(embeds @ weight.t() * scale, targets, ignore_index=7)
     monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 11 * rows)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
     loss = vocabulary.linear_cross_entropy(embeds, weight, targets, scale, ignore_index=7)
     torch.testing.assert_close(loss, expected)
     theirs = torch.autograd.grad(3 * expected, (embeds, weight))
@@ -87,6 +89,7 @@ def test_linear_cross_entropy_in_chunks_is_the_whole(monkeypatch, rows, scale):
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     """A frozen vocabulary has no gradient, and an entropy that nobody uses none either."""
     monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 11 * 4)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
     embeds, weight = torch.randn(9, 8, requires_grad=True), torch.randn(11, 8)
     targets = torch.randint(0, 11, (9,))
     seen = []
@@ -103,6 +106,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
 
 def test_chunks_take_part_in_autocast_and_sum_in_float32(monkeypatch):
     monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 50 * 4)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
     embeds, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (30,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -134,6 +138,7 @@ def test_a_tied_vocabulary_has_one_gradient(make_palm, monkeypatch, trained):
     plain = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=3)
     expected = torch.autograd.grad(plain, parameters)
     monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 17 * 5)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
     loss = model(ids, return_loss=True)
     torch.testing.assert_close(loss, plain)
     for ours, theirs in zip(torch.autograd.grad(2 * loss, parameters), expected, strict=True):
