@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention
-from palm_rlhf_pytorch.lora import LoRA
+from palm_rlhf_pytorch.lora import LoRA, side_by_side
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
 
@@ -102,11 +102,10 @@ class ParallelTransformerBlock(nn.Module):
         x = self.norm(x)
         attn_inner, kv_inner, *_ = self.fused_dims
         qkv, ff = self._project(x)
-        qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         if finetune_modules is not None:
-            lora_q, lora_k, lora_v, lora_out = finetune_modules
-            qk, v = qk + torch.cat((lora_q(x), lora_k(x)), dim=-1), v + lora_v(x)
-
+            *lora_qkv, lora_out = finetune_modules
+            qkv = qkv + side_by_side(lora_qkv, x)
+        qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         qk = rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads)
         if self.qk_rmsnorm:
             gains = self.q_scale.expand(self.heads, -1), self.k_scale.expand(self.kv_heads, -1)

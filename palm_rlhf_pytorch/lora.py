@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,3 +27,10 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim_out), as (x A) B: the dense product A B is never made."""
         return (x @ self.A) @ (self.B * self.scale)
+
+
+def side_by_side(adapters: Sequence[LoRA], x: Tensor) -> Tensor:
+    """What several adapters of one x (..., dim) give, one behind the other (..., sum of dim_out), in two products."""
+    down = torch.cat([adapter.A for adapter in adapters], dim=-1)
+    up = torch.block_diag(*(adapter.B * adapter.scale for adapter in adapters))
+    return (x @ down) @ up

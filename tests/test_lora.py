@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from palm_rlhf_pytorch.lora import LoRA
+from palm_rlhf_pytorch.lora import LoRA, side_by_side
 
 
 def test_by_hand():
@@ -36,3 +36,12 @@ def test_the_dense_product_is_never_made():
 def test_rank_must_be_positive():
     with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
         LoRA(4, 4, r=0)
+
+
+def test_side_by_side_is_each_adapter():
+    adapters = [LoRA(6, 4, r=2, alpha=3), LoRA(6, 2, r=3), LoRA(6, 2)]
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.B)
+    x = torch.randn(2, 5, 6)
+    expected = torch.cat([adapter(x) for adapter in adapters], dim=-1)
+    torch.testing.assert_close(side_by_side(adapters, x), expected)
