@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from shutil import which
+from types import FunctionType
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.packed_step import PackedStep, can_pack
+from palm_rlhf_pytorch.packed_step import PackedStep, can_pack, hooked
 
 DECODERS = ("auto", "plain", "packed", "compiled")
 FEW = {"packed": 8, "compiled": 64}  # steps up to which getting ready would not pay
+FIRST_LENGTH = 4096  # positions laid out at first, where a caller allows more
+LONGEST = 2**14  # positions up to which 'auto' lays out a static cache: it does not grow, and every step sees all
 LOOK_EVERY = 16  # steps between looks at a GPU's results: each look waits for it
 LENGTHS = 256  # static caches come in multiples of it, so that calls of like lengths share their graphs
 
@@ -78,9 +81,11 @@ def choose(model: CachedModel, steps: int, how: str = "auto", adapters: bool = F
     weight = next(model.parameters())
     best = "compiled" if weight.is_cuda else "packed"
     wanted = best if how == "auto" else how
-    possible = {"plain": True, "packed": can_pack(model) and not adapters, "compiled": can_compile(weight.device)}[
-        wanted
-    ]
+    possible = {
+        "plain": True,
+        "packed": can_pack(model) and not adapters,
+        "compiled": can_compile(weight.device) and not hooked(model),
+    }[wanted]
     if not possible and how != "auto":
         logger.warning("decoder=%r is not to be had here (%s, %s): plain steps", how, weight.device, weight.dtype)
     return wanted if possible and (how != "auto" or steps > FEW[best]) else "plain"
@@ -89,14 +94,14 @@ def choose(model: CachedModel, steps: int, how: str = "auto", adapters: bool = F
 @contextmanager
 def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str = "auto", **kwargs) -> Iterator[Decoder]:
     """A decoder of at most `batch` rows at once, each of at most max_len tokens. kwargs go to `next_logits`."""
-    how = choose(model, steps, how, bool(kwargs.get("finetune_scope")))
-    if how == "compiled":
+    chosen = choose(model, steps, how, bool(kwargs.get("finetune_scope")))
+    if chosen == "compiled" and (how != "auto" or max_len <= LONGEST):
         with replayed(model, batch, max_len, **kwargs) as ready:
             yield ready
         return
-    cache = model.new_cache(batch, max_len)
+    cache = model.new_cache(batch, min(max_len, FIRST_LENGTH))
     cache.clear()
-    step = PackedStep(model, batch) if how == "packed" else partial(model.next_logits, **kwargs)
+    step = PackedStep(model, batch) if chosen == "packed" else partial(model.next_logits, **kwargs)
     yield Decoder(cache, step, LOOK_EVERY if cache.lengths.is_cuda else 1)
 
 
@@ -106,31 +111,38 @@ def can_compile(device: torch.device) -> bool:
 
 
 class Compiled:
-    """`next_logits` compiled, with CUDA graphs where there is CUDA; a model that cannot be compiled is run plainly."""
+    """`next_logits` compiled, with CUDA graphs where there is CUDA; a model that cannot be compiled is run plainly.
 
-    def __init__(self, model: CachedModel, **kwargs: Any):
-        self.plain = partial(model.next_logits, **kwargs)
-        mode = "reduce-overhead" if next(model.parameters()).is_cuda else "default"
-        self.compiled = torch.compile(self.plain, mode=mode, fullgraph=True, dynamic=False)
-        self.ready: set[int] = set()
+    `key` says what else but the number of rows its code depends on. Knows the model weakly: what is kept for a model
+    must not keep it.
+    """
+
+    def __init__(self, model: CachedModel, key: tuple, **kwargs: Any):
+        self.model, self.key, self.kwargs, self.works = ref(model), key, kwargs, True
+        self.mode = "reduce-overhead" if next(model.parameters()).is_cuda else "default"
+        self.ready = functions.setdefault(model, {})
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if self.compiled is None:
-            return self.plain(tokens, cache)
+        model = self.model()
+        if not self.works:
+            return next_logits(model, tokens, cache, self.kwargs)
         torch.compiler.cudagraph_mark_step_begin()
-        if len(tokens) in self.ready:
-            return self.compiled(tokens, cache)
-        return self._first(tokens, cache)
+        if (len(tokens), self.key) in self.ready:
+            return self.ready[len(tokens), self.key](model, tokens, cache, self.kwargs)
+        return self._first(model, tokens, cache)
 
-    def _first(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def _first(self, model: CachedModel, tokens: Tensor, cache: KVCache) -> Tensor:
         started = time.perf_counter()
+        # torch keeps what it compiles with a function's code, and refuses the ninth time: each has code of its own
+        own = FunctionType(next_logits.__code__.replace(), next_logits.__globals__)
         try:
-            logits = self.compiled(tokens, cache)
+            compiled = torch.compile(own, mode=self.mode, fullgraph=True, dynamic=False)
+            logits = compiled(model, tokens, cache, self.kwargs)
         except Exception as error:  # whatever the compiler chokes on: the plain step gives the same
             logger.warning("the decode step could not be compiled (%s); decoding goes on plainly", type(error).__name__)
-            self.compiled = None
-            return self.plain(tokens, cache)
-        self.ready.add(len(tokens))
+            self.works = False
+            return next_logits(model, tokens, cache, self.kwargs)
+        self.ready[len(tokens), self.key] = compiled
         seconds = time.perf_counter() - started
         logger.info(
             "compiled the decode step for %d rows of %d tokens in %.1f s", *tokens.shape, cache.max_len, seconds
@@ -138,22 +150,32 @@ class Compiled:
         return logits
 
 
+def next_logits(model: CachedModel, tokens: Tensor, cache: KVCache, kwargs: dict[str, Any]) -> Tensor:
+    return model.next_logits(tokens, cache, **kwargs)
+
+
+functions: WeakKeyDictionary[CachedModel, dict[tuple, Callable]] = WeakKeyDictionary()  # each model's, compiled
 spare: WeakKeyDictionary[CachedModel, tuple[tuple, Decoder]] = WeakKeyDictionary()  # the last one of each model
 
 
 @contextmanager
 def replayed(model: CachedModel, batch: int, max_len: int, **kwargs: Any) -> Iterator[Decoder]:
     """A compiled decoder. It is kept, its cache too, for the next call of the same size: nothing is compiled or laid
-    out again.
+    out again. Of other sizes what was compiled is kept.
     """
     max_len = -(-(max_len + LOOK_EVERY) // LENGTHS) * LENGTHS  # rows that have ended go on until somebody looks
     weight = next(model.parameters())
-    key = (batch, max_len, weight.dtype, weight.device, tuple(kwargs.items()))
+    modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(weight.device.type)
+    key = (max_len, weight.dtype, weight.device, tuple(kwargs.items()), *modes)
     known, ready = spare.pop(model, (None, None))
-    if known != key:
+    if known != (batch, key):
+        ready = None  # its memory goes before there is more
         cache = model.new_cache(batch, max_len, static=True)
         torch._dynamo.mark_static_address(cache.memory)  # written in place within the graph
-        ready = Decoder(cache, Compiled(model, **kwargs), LOOK_EVERY, fixed_sizes=True, batch=batch)
+        ready = Decoder(cache, Compiled(model, key, **kwargs), LOOK_EVERY, fixed_sizes=True, batch=batch)
     ready.cache.clear()
-    yield ready
-    spare[model] = (key, ready)
+    ready.cache.memory.zero_()  # every step sees all of it, and what broken weights left would spread: 0 * NaN
+    try:
+        yield ready
+    finally:
+        spare[model] = ((batch, key), ready)

@@ -16,7 +16,6 @@ from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_larg
 from palm_rlhf_pytorch.vocabulary import log_softmax
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
-FIRST_LENGTH = 4096  # positions laid out at first, where a caller allows more
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,8 @@ class Rows:
         if stay.numel() < self.rows.numel():
             order = self.decoder.cache.keep(stay)
             self.rows, self.tokens, self.alive = self.rows[order], self.tokens[order], self.alive[order]
+        if ended.numel():
+            self.decoder.cache.restart(~self.alive)  # or they would run out of room
         if come:
             self._come(self.waiting[:come], **forward_kwargs)
             self.waiting = self.waiting[come:]
@@ -162,7 +163,8 @@ class Rows:
         cache, lengths = self.decoder.cache, self.lengths[rows] - 1
         groups = groups_of_like_length(lengths, PREFILL_TOKENS)  # in the order of `rows`, which are sorted
         for group in groups:
-            part, n = cache.admit(len(group)), int(lengths[group[0]])
+            n = int(lengths[group[0]])
+            part = cache.admit(len(group), n)
             if n > 0:
                 real = lengths_to_mask(lengths[group], n)
                 ids = self.prompts[rows[group], :n].masked_fill(~real, 0)
@@ -197,7 +199,7 @@ def decode(
     eos = eos_tensor(eos_token, prompts.device)
     batch = min(max_batch or len(prompts), len(prompts))
     longest = max(int(limits.max()), prompts.shape[1] + 1)
-    with decoder(model, batch, min(longest, FIRST_LENGTH), longest - int(lengths.min()), how, **forward_kwargs) as step:
+    with decoder(model, batch, longest, longest - int(lengths.min()), how, **forward_kwargs) as step:
         rows, steps = Rows(model, step, prompts, lengths, limits), 0
         while steps % step.look_every or rows.look(batch, **forward_kwargs):
             logits = step(rows.tokens)
@@ -271,6 +273,8 @@ def stream(
     check_prompts(prompts, lengths, model.num_tokens)
     limits = lengths.new_full(lengths.shape, max_len)
     for step in decode(model, prompts, lengths, limits, sampling, **kwargs):
+        if not step.alive.any():  # on a GPU: all have ended since the last look
+            return
         tokens = prompts.new_full(lengths.shape, pad_value)
         tokens[step.rows] = step.tokens.masked_fill(~step.alive, pad_value)
         yield tokens

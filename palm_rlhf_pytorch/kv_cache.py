@@ -114,8 +114,16 @@ class KVCache:
         self.filled = int(self.lengths.max()) if count else 0
         return order
 
-    def admit(self, count: int) -> KVCache:
-        """The next `count` rows of the memory, empty, as a cache of their own: to be filled, then to `join`."""
+    def restart(self, rows: Tensor) -> None:
+        """Empty the rows where (b,) is True."""
+        self.lengths = self.lengths.masked_fill(rows, 0)
+        self.filled = int(self.lengths.max())
+
+    def admit(self, count: int, length: int) -> KVCache:
+        """The next `count` rows of the memory, empty, as a cache of their own: to be filled with at most `length`
+        positions, then to `join`.
+        """
+        self.reserve(length - self.filled)  # here: a part that grew would grow alone
         part = copy(self)
         part.memory = self.memory[:, self.rows : self.rows + count]
         part.clear(count)

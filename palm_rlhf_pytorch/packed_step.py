@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock
+from palm_rlhf_pytorch.attention import Attention
+from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.rotary import HeadsRotation
+from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
+from palm_rlhf_pytorch.swiglu import SwiGLU
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
 PACKED_FOR = 64  # rows that the layout is chosen for; it serves any number
+PARTS = {Residual, ParallelTransformerBlock, LayerNorm, Attention, RotaryEmbedding, SwiGLU}
+PARTS |= {nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Dropout}
 
 
 def can_pack(model: object) -> bool:
@@ -28,14 +32,14 @@ def can_pack(model: object) -> bool:
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(model, "layers"):
         return False
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooked and all(made_here(layer.fn) for layer in model.layers)
-
-
-def made_here(block: torch.nn.Module) -> bool:
-    if type(block) is not ParallelTransformerBlock:
+    if hooked(model) or type(model).__module__ != "palm_rlhf_pytorch.palm":  # a subclass may do otherwise
         return False
-    return all(type(m) is torch.nn.Linear for m in (block.fused_attn_ff_proj, block.attn_out, block.ff_out[2]))
+    parts = chain(model.layers.modules(), (model.token_emb, model.norm, model.to_logits))
+    return all(type(m) in PARTS and getattr(m, "bias", None) is None for m in parts)
+
+
+def hooked(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class Matrix:
@@ -112,12 +116,12 @@ class PackedStep:
         palm = self.palm
         layers = chain(*(layer.parameters() for layer in palm.layers))
         self.sources = [*layers, palm.norm.gamma, palm.to_logits.weight]
-        self.versions = [p._version for p in self.sources]
+        self.versions = versions(self.sources)
         self.layers = [PackedLayer(layer.fn, self.rows) for layer in palm.layers]
         self.norm, self.to_logits = PackedNorm(palm.norm), Matrix(palm.to_logits.weight, self.rows)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if [p._version for p in self.sources] != self.versions:
+        if versions(self.sources) != self.versions:
             self._pack()
         positions, turns = cache.lengths, self._turns(cache)
         turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
@@ -137,3 +141,8 @@ class PackedStep:
         if self.turns is None or self.turns[0] != size:
             self.turns = size, self.palm.rotary_emb(*size).over(self.palm.heads, self.palm.kv_heads)
         return self.turns[1]
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was written to (made in inference mode, they do not say)."""
+    return [0 if t.is_inference() else t._version for t in tensors]

@@ -1,8 +1,10 @@
 from dataclasses import fields, replace
 
+import pytest
 import torch
 from tiny import TOKENS, made_up, rolled, tiny_actor_critic, tiny_ppo
 
+from palm_rlhf_pytorch import ops
 from palm_rlhf_pytorch.experience import Experience
 
 
@@ -81,3 +83,42 @@ def test_the_references_readme_fits():
     b, n = 5000, 2048
     a_token = sum(t.element_size() for t in full().tensors().values() if t.ndim == 2)
     assert a_token * b * n < 400e6 < b * n * 20000 * 4
+
+
+RESPONSES, PROMPTS = (3, 20, 1, 4, 19, 2, 1, 30), (2, 10, 1, 2, 9, 3, 2, 1)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 40])
+@pytest.mark.parametrize("least", [1, 10**6])
+def test_by_length_is_the_whole_at_once_in_the_same_order(monkeypatch, least, max_tokens):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", least)
+    e = made_up(RESPONSES, PROMPTS)
+    e = replace(e, values=None)
+    sizes = []
+
+    def compute(part):
+        """Something that needs the whole row, the row's number, and every position."""
+        sizes.append(part.sequence.shape)
+        assert part.mask.sum(-1).max() == part.sequence.shape[1]
+        values = part.log_probs.cumsum(-1) * part.response_mask + part.group_ids[:, None] * part.response_mask
+        return replace(part, values=values, scores=part.scores * 2)
+
+    sorted_out = e.by_length(compute, max_tokens)
+    groups, sizes = list(sizes), []
+    whole = compute(e)
+    assert set(sorted_out.tensors()) == set(whole.tensors())
+    for name, t in whole.tensors().items():
+        torch.testing.assert_close(getattr(sorted_out, name), t, msg=name)
+    assert sum(rows for rows, _ in groups) == len(e)
+    if max_tokens is not None:
+        assert all(rows * n <= max_tokens or rows == 1 for rows, n in groups)
+    if least == 1:
+        assert sum(rows * n for rows, n in groups) <= 1.12 * e.mask.sum() < 0.6 * e.sequence.numel()
+    elif max_tokens is None:
+        assert groups == [(8, 31)]
+
+
+def test_by_length_keeps_columns_behind_the_longest_row():
+    e = made_up()
+    wide = replace(e, **{name: torch.nn.functional.pad(t, (0, 3)) for name, t in e.tensors().items() if t.ndim == 2})
+    assert wide.by_length(lambda part: part).sequence.shape == wide.sequence.shape

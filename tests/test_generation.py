@@ -1,9 +1,10 @@
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch import decoder, generation, ops
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.utils import top_k, top_p
 
@@ -335,6 +336,144 @@ def test_weights_and_mode_come_back_after_an_exception(make_palm):
     with pytest.raises(ZeroDivisionError):
         model.generate(15, RAGGED, filter_logits_fn=fail, finetune_scope="a")
     assert all(map(torch.equal, weights, model.parameters())) and model.training
+
+
+# batches that are bounded
+
+
+MANY = torch.tensor([9, 1, 4, 14, 2, 4, 13])  # lengths of MANY_PROMPTS
+MANY_PROMPTS = torch.arange(7 * 14).reshape(7, 14) * 5 % 17
+
+
+def many(model, **keywords):
+    return model.generate(
+        24, MANY_PROMPTS, 0.0, prompt_lengths=MANY, return_log_probs=True, filter_logits_fn=None, **keywords
+    )
+
+
+def some_eos(model) -> list[int]:
+    """Ends that some rows meet early, some late, some never."""
+    free = many(model).sequence
+    eos = [int(free[row, MANY[row] + k]) for row, k in ((0, 2), (5, 7))]
+    lengths = many(model, eos_token=eos).response_mask.sum(-1)
+    assert len(lengths.unique()) > 3 and 1 < lengths.min() + 1 < lengths.max()
+    return eos
+
+
+def assert_same(one, two):
+    assert torch.equal(one.sequence, two.sequence) and torch.equal(one.response_mask, two.response_mask)
+    assert torch.equal(one.prompt_mask, two.prompt_mask)
+    torch.testing.assert_close(one.log_probs, two.log_probs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 7, 100])
+def test_a_bounded_batch_gives_what_one_batch_gives(make_palm, max_batch, ends):
+    model = make_palm()
+    eos = some_eos(model) if ends else None
+    prompts = [row[:n].tolist() for row, n in zip(MANY_PROMPTS, MANY, strict=True)]
+    expected = [greedy(model, prompt, 24, tuple(eos or ())) for prompt in prompts]
+    whole = many(model, eos_token=eos, pad_value=3)
+    assert whole.responses(3).tolist() == padded(expected, 3)
+
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    for how in ("auto", "plain"):
+        assert_same(many(model, eos_token=eos, pad_value=3, max_batch=max_batch, decoder=how), whole)
+    assert max(rows for rows, _ in seen) == min(max_batch, 7)
+
+
+def test_a_place_is_not_empty_for_long(make_palm):
+    model = make_palm()
+    eos = some_eos(model)
+    drawn = [
+        (step.rows.tolist(), step.ended)
+        for step in generation.decode(
+            model, MANY_PROMPTS, MANY, MANY + 4, generation.Sampling(0.0), max_batch=4, eos_token=eos
+        )
+    ]
+    waiting = [7 - len(rows) - ended for rows, ended in drawn]
+    assert waiting[0] == 3 and waiting[-1] == 0 and sorted(waiting, reverse=True) == waiting
+    assert all(len(rows) == 4 for (rows, _), left in zip(drawn, waiting, strict=True) if left)
+    assert drawn[0][0] == [3, 6, 0, 2]  # the longest prompts first
+
+
+def test_prompts_are_read_with_others_of_like_length(make_palm, monkeypatch):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 1)
+    model, seen = make_palm(), []
+    expected = many(model)
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    assert_same(many(model), expected)
+    assert seen[: seen.index((7, 1))] == [(2, 13), (1, 8), (2, 3), (1, 1)]  # the prompt of one token has no pass
+    seen.clear()
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
+    assert_same(many(model), expected)
+    assert seen[:2] == [(1, 13), (1, 12)]
+
+
+@pytest.mark.parametrize("max_batch", [None, 1, 3])
+@pytest.mark.parametrize("ends", [True, False])
+def test_it_is_told_of_every_row_that_ended(make_palm, max_batch, ends):
+    model, heard = make_palm(), []
+    eos = some_eos(model) if ends else None
+    many(model, eos_token=eos, max_batch=max_batch, on_ended=heard.append)
+    assert sum(heard) == 7 and min(heard) > 0 and len(heard) > 1
+
+
+@pytest.mark.parametrize("first_length", [1, 8, 16])
+@pytest.mark.parametrize("max_batch", [None, 2])
+def test_prompts_may_be_longer_than_what_is_laid_out_at_first(make_palm, monkeypatch, first_length, max_batch):
+    model = make_palm(rotary_xpos_scale_base=6)
+    expected = many(model)
+    monkeypatch.setattr(decoder, "FIRST_LENGTH", first_length)
+    for how in ("plain", "packed"):
+        assert_same(many(model, max_batch=max_batch, decoder=how), expected)
+
+
+# a GPU's way on a CPU: the results are looked at every few steps only
+
+
+@pytest.fixture
+def looking_every(monkeypatch):
+    """Look at the results only every so many steps, as on a GPU."""
+
+    def patch(steps: int):
+        @contextmanager
+        def patched(*args, **kwargs):
+            with decoder.decoder(*args, **kwargs) as ready:
+                ready.look_every = steps
+                yield ready
+
+        monkeypatch.setattr(generation, "decoder", patched)
+
+    return patch
+
+
+@pytest.mark.parametrize("how", ["plain", "packed"])
+@pytest.mark.parametrize("max_batch", [None, 1, 3])
+@pytest.mark.parametrize("steps", [2, 16, 40])
+def test_rows_that_ended_unseen_leave_no_trace(make_palm, looking_every, steps, max_batch, how):
+    model = make_palm()
+    for eos in (some_eos(model), None):
+        expected = many(model, eos_token=eos, pad_value=3)
+        heard = []
+        looking_every(steps)
+        found = many(model, eos_token=eos, pad_value=3, max_batch=max_batch, decoder=how, on_ended=heard.append)
+        assert_same(found, expected)
+        assert (found.log_probs[~found.response_mask] == 0).all() and (found.sequence[~found.mask] == 3).all()
+        assert sum(heard) == 7
+        looking_every(1)
+
+
+@pytest.mark.parametrize("steps", [2, 16])
+def test_a_stream_ends_with_its_last_token_even_so(make_palm, looking_every, steps):
+    model = make_palm()
+    eos = some_eos(model)
+    both = dict(temperature=0.0, prompt_lengths=MANY, eos_token=eos, pad_value=3)
+    expected = model.generate(24, MANY_PROMPTS, **both)
+    looking_every(steps)
+    streamed = torch.stack(list(model.stream(24, MANY_PROMPTS, **both)), dim=-1)
+    assert torch.equal(streamed, expected)
 
 
 # what cannot be answered

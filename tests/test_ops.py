@@ -50,3 +50,44 @@ def test_masks():
     assert ops.lengths_to_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
     right, left, hole = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 1, 1], [0, 1, 1]], [[1, 0, 1], [1, 1, 1]]]).bool()
     assert [ops.has_token_after_padding(m) for m in (right, left, hole)] == [False, True, True]
+
+
+LENGTHS_OF = {
+    "like": [*range(90, 100)] * 4,
+    "unlike": [(37 * i) % 401 for i in range(1, 61)],
+    "few long": [3, 500, 2, 4, 1, 498, 3] * 3,
+    "zeros": [0, 5, 0, 300],
+    "short": [1, 4, 2, 3, 2] * 4,
+    "one": [7],
+}
+
+
+@pytest.mark.parametrize("least", [1, 128])
+@pytest.mark.parametrize("max_tokens", [None, 1, 450, 1000])
+@pytest.mark.parametrize("kind", LENGTHS_OF)
+def test_groups_of_like_length(monkeypatch, kind, max_tokens, least):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", least)
+    lengths, waste = torch.tensor(LENGTHS_OF[kind]), 0.1
+    groups = ops.groups_of_like_length(lengths, max_tokens, waste)
+    rows = torch.cat(groups)
+    assert rows.sort().values.tolist() == list(range(len(lengths)))
+    assert lengths[rows].tolist() == sorted(lengths.tolist(), reverse=True)
+    for group, behind in zip(groups, [*groups[1:], None], strict=True):
+        longest, count = int(lengths[group[0]]), len(group)
+        positions, real = longest * count, int(lengths[group].sum())
+        assert max_tokens is None or positions <= max_tokens or count == 1
+        if positions - longest >= least:
+            assert real >= (1 - waste) * positions
+        if behind is not None:  # one row more would have been too much
+            more, found = positions + longest, real + int(lengths[behind[0]])
+            wasteful = positions >= least and found < (1 - waste) * more
+            assert wasteful or (max_tokens is not None and more > max_tokens)
+
+
+def test_groups_by_hand(monkeypatch):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 20)
+    lengths = torch.tensor([10, 2, 9, 10, 1, 5])
+    assert [g.tolist() for g in ops.groups_of_like_length(lengths)] == [[0, 3, 2], [5, 1, 4]]
+    assert [g.tolist() for g in ops.groups_of_like_length(lengths, waste=0.3)] == [[0, 3, 2, 5, 1], [4]]
+    assert [g.tolist() for g in ops.groups_of_like_length(lengths, max_tokens=20)] == [[0, 3], [2, 5], [1, 4]]
+    assert [g.tolist() for g in ops.groups_of_like_length(torch.tensor([4, 4, 4]))] == [[0, 1, 2]]  # stable

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import EOS, LENGTHS, PROMPTS, ROLL, count_even, rolled, shake, tiny_actor_critic, tiny_palm
 
-from palm_rlhf_pytorch import RewardModel
+from palm_rlhf_pytorch import ActorCritic, RewardModel, ops
 from palm_rlhf_pytorch.generation import Generation
 from palm_rlhf_pytorch.ops import lengths_to_mask
 from palm_rlhf_pytorch.rollout import RolloutOptions, Scorer, ends_with_eos, roll_out
@@ -154,3 +154,131 @@ def test_several_eos():
     last = (e.prompt_mask | e.response_mask).sum(-1) - 1
     ends = e.sequence[torch.arange(len(e)), last]
     assert torch.equal(e.finished, (ends == EOS) | (ends == 4)) and {1, 4} <= set(ends[e.finished].tolist())
+
+
+# log-probs of sampling, or of a forward pass
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[str]:
+    """Which forward passes over whole sequences the log-probs took."""
+    seen = []
+    for name in ("log_probs", "reference_log_probs"):
+        whole = getattr(ActorCritic, name)
+        monkeypatch.setattr(ActorCritic, name, lambda *args, w=whole, n=name: seen.append(n) or w(*args))
+    return seen
+
+
+@pytest.mark.parametrize("max_batch", [None, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_of_sampling_are_kept(forwards, temperature, max_batch):
+    actor_critic = tiny_actor_critic()
+    e = rolled(actor_critic, options=replace(ROLL, temperature=temperature, max_batch=max_batch))
+    assert forwards == ["reference_log_probs"]
+    expected, _ = actor_critic.log_probs(e.sequence, e.response_mask, temperature)
+    torch.testing.assert_close(e.log_probs, expected, atol=1e-5, rtol=1e-5)
+    assert (e.log_probs[e.response_mask] < 0).all() and (e.log_probs[~e.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_in_reduced_precision_they_are_those_of_learning(forwards, precision):
+    actor_critic = tiny_actor_critic()
+    actor_critic = actor_critic.bfloat16() if precision == "bfloat16" else actor_critic
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        e = rolled(actor_critic, options=replace(ROLL, temperature=0.7))
+        assert forwards == ["log_probs", "reference_log_probs"]
+        expected, _ = actor_critic.log_probs(e.sequence, e.response_mask, 0.7)
+    assert torch.equal(e.log_probs, expected) and e.log_probs.dtype == torch.float32
+    assert (e.log_probs[e.response_mask] < 0).all()
+
+
+def test_a_reference_that_nobody_wants_is_not_computed(forwards):
+    actor_critic = tiny_actor_critic()
+    scopes = []
+    actor_critic.actor_palm.register_forward_pre_hook(
+        lambda _, args, kwargs: scopes.append(kwargs.get("finetune_scope")) if "cache" not in kwargs else None,
+        with_kwargs=True,
+    )
+    e = rolled(actor_critic, options=replace(ROLL, reference=False))
+    assert e.ref_log_probs is None and e.kl is None and not forwards and not scopes
+    assert rolled(actor_critic).ref_log_probs is not None and scopes == [None]
+
+
+# rows of like length are judged together
+
+
+RAGGED = torch.tensor([200, 9, 12, 195, 60, 61, 7, 59, 199, 11, 8, 61, 9, 10, 11, 12, 8, 9, 11, 12, 12, 11])
+
+
+def ragged_rollout(actor_critic, reward, judge=lambda e: e, **options):
+    """One token is drawn after each of these prompts."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(2, 11, (len(RAGGED), 200), generator=generator)
+    groups, options = torch.arange(len(RAGGED)), RolloutOptions(max_seq_len=4, **options)
+    return roll_out(actor_critic, Scorer(reward), prompts, RAGGED, groups, options, generator, judge)
+
+
+def tiny_reward_model():
+    reward = RewardModel(tiny_palm(3, causal=False), num_binned_output=5)
+    shake(reward.finetune_parameters())
+    return reward
+
+
+def test_little_of_what_is_judged_is_padding():
+    actor_critic, reward = tiny_actor_critic(), tiny_reward_model()
+    seen = {"reference": [], "judge": [], "reward": []}
+
+    def count(name):
+        return lambda _, args, kwargs: None if "cache" in kwargs else seen[name].append(args[0].numel())
+
+    actor_critic.actor_palm.register_forward_pre_hook(count("reference"), with_kwargs=True)
+    reward.palm.register_forward_pre_hook(count("reward"), with_kwargs=True)
+    ragged_rollout(actor_critic, reward, lambda part: seen["judge"].append(part.sequence.numel()) or part)
+    real, whole = int((RAGGED + 1).sum()), len(RAGGED) * 201
+    for name, positions in seen.items():
+        assert real <= sum(positions) <= 1.1 * real < 0.5 * whole and 1 < len(positions) < 6, name
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_no_more_than_some_rows_tokens_are_judged_at_once(rows):
+    sizes = []
+    actor_critic, reward = tiny_actor_critic(), tiny_reward_model()
+    reward.palm.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    together = ragged_rollout(actor_critic, reward)
+    sizes.clear()
+    e = ragged_rollout(actor_critic, reward, lambda p: sizes.append(p.sequence.numel()) or p, rows_at_once=rows)
+    assert 201 <= max(sizes) <= rows * 201 and sum(sizes) <= 2.3 * int((RAGGED + 1).sum())
+    for name, t in together.tensors().items():
+        torch.testing.assert_close(getattr(e, name), t, msg=name)
+
+
+@pytest.mark.parametrize("least", [1, 128])
+def test_scores_do_not_depend_on_how_many_are_read_at_once(monkeypatch, least):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", least)
+    reward = tiny_reward_model()
+    e = ragged_rollout(tiny_actor_critic(), reward)
+    whole = reward.score(e.sequence, e.prompt_mask, e.mask)
+    assert len(whole.unique()) == len(whole)
+    for max_tokens in (None, 1, 200, 320, 10**6):
+        torch.testing.assert_close(Scorer(reward)(e, max_tokens), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_function_gets_few_responses_at_once_in_order():
+    seen = []
+
+    def reward(prompts, responses):
+        seen.append(len(responses))
+        return [float(p.sum() + 100 * r.sum()) for p, r in zip(prompts, responses, strict=True)]
+
+    e = rolled(tiny_actor_critic(), reward, replace(ROLL, max_batch=3))
+    assert seen == [3, 3, 2]
+    expected = (e.sequence * e.prompt_mask).sum(-1) + 100 * (e.sequence * e.response_mask).sum(-1)
+    assert e.scores.tolist() == expected.tolist() == Scorer(reward)(e).tolist() and seen[3:] == [8]
+    with pytest.raises(ValueError, match="each of 2 responses, got shape"):
+        Scorer(lambda p, r: [0.0] * 3)(e, max_batch=3)
+
+
+def test_an_unfinished_response_costs():
+    free, fined = (rolled(tiny_actor_critic(), options=replace(ROLL, missing_eos_penalty=p)) for p in (0.0, 5.0))
+    assert free.finished.any() and not free.finished.all()
+    assert torch.equal(fined.scores, free.scores - 5 * ~free.finished)

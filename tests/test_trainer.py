@@ -17,8 +17,9 @@ from tiny import (
     tiny_trainer,
 )
 
-from palm_rlhf_pytorch import RewardModel
+from palm_rlhf_pytorch import ActorCritic, RewardModel, ops
 from palm_rlhf_pytorch.metrics import read_metrics
+from palm_rlhf_pytorch.trainer import Learner
 
 TIMINGS = ("tokens_per_second", "rollout_seconds", "learn_seconds")
 
@@ -186,6 +187,74 @@ def test_micro_batches_are_the_whole_minibatch(micro):
     assert rows[0] == pytest.approx(rows[1], abs=1e-4, rel=1e-4)
 
 
+def gradient_trainer(**kwargs):
+    """With plain SGD at rate 1 a step is the gradient."""
+    defaults = dict(optimizer_class=torch.optim.SGD, actor_lr=1.0, critic_lr=1.0, minibatch_size=100)
+    return tiny_trainer(actor_critic=tiny_actor_critic(), **{**defaults, **kwargs})
+
+
+def gradients_of_a_step(trainer, experience):
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in parameters]
+    numbers = trainer._take_step(experience, 1.0)
+    return [a - b.detach() for a, b in zip(before, parameters, strict=True)], numbers
+
+
+def gradients_of_the_plain_loss(trainer, experience, *parts):
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    loss, numbers = trainer.learner(experience, 1.0, *parts)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], numbers
+
+
+def ragged_experience(trainer):
+    e = trainer.roll_out(8, 8, replace(ROLL, max_seq_len=12))
+    assert len(e.lengths.unique()) > 2
+    return trainer.algorithm.target(e)
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+@pytest.mark.parametrize("least", [1, 128])
+def test_one_step_is_the_gradient_of_the_whole_loss(monkeypatch, least, micro):
+    """However the rows are put in groups, and with policy and critic one after the other."""
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", least)
+    trainer = gradient_trainer(micro_batch_size=micro)
+    e = ragged_experience(trainer)
+    expected, numbers = gradients_of_the_plain_loss(trainer, e)
+    calls, forward = [], Learner.forward
+    monkeypatch.setattr(
+        Learner, "forward", lambda s, e, t, *parts: calls.append((len(e), parts)) or forward(s, e, t, *parts)
+    )
+    found, reported = gradients_of_a_step(trainer, e)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert sum(g.abs().sum() for g in expected) > 0.1
+    for name, value in numbers.items():
+        assert reported[name] == pytest.approx(float(value), abs=1e-5)
+    groups = [rows for rows, parts in calls if parts == ("policy",)]
+    assert groups == [rows for rows, parts in calls if parts == ("critic",)] and 2 * len(groups) == len(calls)
+    assert sum(groups) == 8 and (len(groups) > 1) == (least == 1 or micro is not None)
+
+
+def test_the_parts_add_up_to_the_whole():
+    trainer = gradient_trainer()
+    e = ragged_experience(trainer)
+    whole, both = (gradients_of_the_plain_loss(trainer, e, *parts) for parts in ((), ("policy", "critic")))
+    policy, critic = (gradients_of_the_plain_loss(trainer, e, part) for part in ("policy", "critic"))
+    for w, b, p, c in zip(whole[0], both[0], policy[0], critic[0], strict=True):
+        torch.testing.assert_close(w, b, atol=0, rtol=0)
+        torch.testing.assert_close(p + c, w, atol=1e-6, rtol=1e-5)
+        assert not p.any() or not c.any()  # adapters of their own on a frozen trunk
+    assert whole[1].keys() == policy[1].keys() | critic[1].keys() and not policy[1].keys() & critic[1].keys()
+
+
+@pytest.mark.parametrize("processes, terms", [(1, [("policy",), ("critic",)]), (2, [("policy", "critic")])])
+def test_several_processes_learn_from_one_pass(monkeypatch, processes, terms):
+    trainer = tiny_trainer()
+    monkeypatch.setattr(type(trainer.accelerate), "num_processes", processes)
+    assert trainer._terms() == terms
+
+
 def test_max_norm_holds_for_each_group():
     trainer = tiny_trainer(
         optimizer_class=torch.optim.SGD,
@@ -228,6 +297,33 @@ def test_normalised_rewards_that_are_all_equal_stay_small():
     trainer = tiny_trainer(reward_model=lambda p, r: [0.1] * len(p), normalize_reward=True)
     trainer.roll_out(7, 4, ROLL)
     assert trainer.score_scale == 1.0 and trainer.score_shift == pytest.approx(0.1)
+
+
+def test_an_unweighted_reference_is_neither_computed_nor_reported(monkeypatch):
+    monkeypatch.setattr(ActorCritic, "reference_log_probs", lambda *_: pytest.fail("nobody reads it"))
+    trainer = tiny_trainer(kl_div_loss_weight=0.0).train(8, **TRAIN)
+    assert "kl" not in trainer.history[0] and trainer.history[0]["entropy"] > 0
+    assert trainer.roll_out(4, 4, ROLL).ref_log_probs is None
+
+
+class Bar:
+    def __init__(self):
+        self.steps = []
+
+    def update(self, some):
+        self.steps.append(some)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_rollout_is_bounded_in_samples_and_told_in_prompts(monkeypatch, samples):
+    trainer, bar, rows = tiny_trainer(micro_batch_size=2), Bar(), []
+    trainer.algorithm.samples_per_prompt = samples
+    trainer.palm.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2]))
+    e = trainer.roll_out(5, 2, ROLL, bar)
+    assert len(e) == 5 * samples and sum(bar.steps) == pytest.approx(5) and len(bar.steps) > 1
+    assert max(b for b, n in rows if n == 1) == 2 * samples
+    assert max(b * n for b, n in rows) <= max(2 * e.sequence.shape[1], 2 * samples * 4)
+    assert e.group_ids.tolist() == [row // samples for row in range(5 * samples)]
 
 
 def test_no_two_rollouts_share_a_group():

@@ -104,6 +104,16 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     assert seen == [None, None, None]
 
 
+def test_a_loss_without_a_graph_makes_no_gradients(monkeypatch):
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 11 * 4)
+    monkeypatch.setattr(vocabulary, "to_gradient_of_logits", lambda *_: pytest.fail("nobody will ask"))
+    embeds, weight = (torch.randn(size, 8, requires_grad=True) for size in (9, 11))
+    targets = torch.randint(0, 11, (9,))
+    with torch.no_grad():
+        loss = vocabulary.linear_cross_entropy(embeds, weight, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(embeds @ weight.t(), targets).detach())
+
+
 def test_chunks_take_part_in_autocast_and_sum_in_float32(monkeypatch):
     monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 50 * 4)
     monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
