@@ -19,6 +19,19 @@ def causal_key_mask(key_mask: Tensor) -> Tensor:
     return rearrange(key_mask, "b j -> b 1 1 j") & causal | itself
 
 
+def segment_mask(segment_ids: Tensor, causal: bool) -> Tensor:
+    """The documents of packed rows (b, n) -> which key each query may see, (b, 1, n, n): those of its own document, and
+    of them, when causal, the past and itself.
+    """
+    same = rearrange(segment_ids, "b i -> b 1 i 1") == rearrange(segment_ids, "b j -> b 1 1 j")
+    return same.tril() if causal else same
+
+
+def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what the kernels add, 0 or -inf. Made of a bool mask, every layer would make and keep its own."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v by `scaled_dot_product_attention`.
 

@@ -1,6 +1,7 @@
 """Token ids to batches. Axes: b sequences, n tokens."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 
 import torch
 from torch import Generator, Tensor
@@ -61,25 +62,98 @@ def next_token_batches(ids: Tensor, seq_len: int, batch_size: int, generator: Ge
     return batches()  # a function of its own, so that bad arguments are refused at the call
 
 
-def document_batches(
+def spans(length: int, seq_len: int, first: int | None = None) -> list[tuple[int, int]]:
+    """(start, stop) of the pieces of a document in which each token but the first is predicted once. They have at most
+    seq_len + 1 tokens and share one with the piece before; the first predicts `first` tokens (seq_len).
+    """
+    starts = [0, *range(first or seq_len, length - 1, seq_len)]
+    return list(zip(starts, [start + 1 for start in starts[1:]] + [length], strict=True))
+
+
+def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of lengths in rows of at most `room` together: the longest first, each into the row that it fills best
+    (Ding et al., 2404.10830, algorithm 1).
+    """
+    rows: list[list[int]] = []
+    rows_with: list[list[list[int]]] = [[] for _ in range(room + 1)]  # so much room left
+    known = 0  # bit r: rows_with[r] is not empty
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        enough = known >> lengths[i]
+        if enough:
+            left = lengths[i] + (enough & -enough).bit_length() - 1  # the lowest bit is the least room
+            row = rows_with[left].pop()
+            known ^= (not rows_with[left]) << left
+        else:
+            left, row = room, []
+            rows.append(row)
+        row.append(i)
+        left -= lengths[i]
+        rows_with[left].append(row)
+        known |= 1 << left
+    return rows
+
+
+def packed_batches(
     documents: Sequence[Sequence[int]],
+    seq_len: int,
     batch_size: int,
     pad_id: int,
     generator: Generator,
-    window: int = 32,
-) -> Iterator[Tensor]:
-    """Whole documents in shuffled epochs, forever: (b, n), right padded.
+    window: int = 4096,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of whole documents, forever: ids and segment ids, both (batch_size, seq_len + 1).
 
-    Each epoch has every document once; its smallest batch may have less than `batch_size`. Documents are
-    sorted by length within shuffled windows of `window` batches, so that batches hold little padding.
+    A segment id is the number of a token's document in its row, -1 at padding. Each epoch has every document once, in
+    shuffled order, and batches go on across epochs, so that all have one shape. Documents that are longer than a row
+    are cut, at other places every time. `window` documents are packed at once.
     """
-    _refuse_empty(documents)
-    rows = bucketed_rows([len(d) for d in documents], batch_size, generator, window)
-    return (pad_sequences([documents[i] for i in indices], pad_id)[0] for indices in rows)
+    if min(seq_len, batch_size, window) < 1:
+        sizes = f"{seq_len}, {batch_size} and {window}"
+        raise ValueError(f"seq_len, batch_size and window must be at least 1, got {sizes}.")
+    stream = pack_documents(documents)
+    ends = list(accumulate(len(d) for d in documents))
+
+    def pieces(i: int) -> list[Tensor]:
+        document = stream[ends[i - 1] if i else 0 : ends[i]]
+        long = len(document) > seq_len + 1
+        first = int(torch.randint(seq_len, (), generator=generator)) + 1 if long else seq_len
+        return [document[start:stop] for start, stop in spans(len(document), seq_len, first)]
+
+    def rows() -> Iterator[list[Tensor]]:
+        while True:
+            for some in torch.randperm(len(ends), generator=generator).split(window):
+                parts = [part for i in some.tolist() for part in pieces(i)]
+                packed = best_fit([len(part) for part in parts], seq_len + 1)
+                # shuffled again, or every window would run from long to short
+                for r in torch.randperm(len(packed), generator=generator).tolist():
+                    yield [parts[i] for i in packed[r]]
+
+    def batches(endless: Iterator[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield lay_out(list(islice(endless, batch_size)), seq_len + 1, pad_id)
+
+    return batches(rows())
+
+
+def lay_out(rows: Sequence[Sequence[Tensor]], size: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Documents side by side: ids and segment ids, both (b, size). See `packed_batches`."""
+    ids = torch.full((len(rows), size), pad_id)
+    segment_ids = torch.full_like(ids, -1)
+    for row, to_ids, to_segments in zip(rows, ids, segment_ids, strict=True):
+        stop = 0
+        for number, document in enumerate(row):
+            start, stop = stop, stop + len(document)
+            to_ids[start:stop] = document
+            to_segments[start:stop] = number
+    return ids, segment_ids
 
 
 def bucketed_rows(lengths: list[int], batch_size: int, generator: Generator, window: int = 32) -> Iterator[list[int]]:
-    """Row numbers of batches of similar lengths, in shuffled epochs, forever. See `document_batches`."""
+    """Row numbers of batches of similar lengths, forever.
+
+    Each epoch has every row once; its smallest batch may have less than `batch_size`. Rows are sorted by length within
+    shuffled windows of `window` batches, so that batches hold little padding.
+    """
     if min(batch_size, window) < 1:
         raise ValueError(f"batch_size and window must be at least 1, got {batch_size} and {window}.")
 

@@ -1,14 +1,18 @@
-"""Where to compute."""
+"""Where to compute, and how exactly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.optim import AdamW
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_device(name: str) -> torch.device:
@@ -22,15 +26,45 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def accelerate_keywords(device: torch.device) -> dict[str, bool]:
-    """Keywords with which accelerate takes that device."""
-    return {"cpu": device.type == "cpu"}
+def choose_precision(name: str, device: torch.device) -> str:
+    """'auto' takes bf16 on a GPU that computes in it, not one that only emulates it."""
+    if name not in PRECISIONS:
+        raise ValueError(f"the precision is one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return name
 
 
-def accelerator_on(device: torch.device) -> Accelerator:
-    return Accelerator(**accelerate_keywords(device))
+def accelerate_keywords(device: torch.device, precision: str = "fp32") -> dict[str, Any]:
+    """Keywords with which accelerate takes that device and precision (weights stay float32, autocast does the rest)."""
+    mixed = "bf16" if choose_precision(precision, device) == "bf16" else "no"
+    # accelerate has one precision a process, and refuses a second run that wants another
+    if AcceleratorState._shared_state and AcceleratorState._shared_state.get("_mixed_precision") != mixed:
+        AcceleratorState._reset_state()
+    return {"cpu": device.type == "cpu", "mixed_precision": mixed}
+
+
+def accelerator_on(device: torch.device, precision: str = "fp32") -> Accelerator:
+    return Accelerator(**accelerate_keywords(device, precision))
 
 
 def fused(optimizer_class: Any, device: torch.device) -> dict[str, bool]:
     """The keyword for AdamW's one-pass kernel, where there is one; nothing for other optimisers."""
     return {"fused": True} if optimizer_class is AdamW and device.type in ("cpu", "cuda") else {}
+
+
+def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, None, or a tuple of such, with its tensors changed."""
+    if isinstance(batch, tuple):
+        return tuple(on_tensors(part, change) for part in batch)
+    return batch if batch is None else change(batch)
+
+
+def ready_for(batch: Any, device: torch.device) -> Any:
+    """A batch in memory from which that device copies while it computes."""
+    return on_tensors(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch, moved; from pinned memory without waiting for it."""
+    return on_tensors(batch, lambda t: t.to(device, non_blocking=t.is_pinned()))

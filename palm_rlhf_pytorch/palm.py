@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf_pytorch import generation
-from palm_rlhf_pytorch.attention import causal_key_mask
+from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, segment_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
-from palm_rlhf_pytorch.vocabulary import Lookup, linear_cross_entropy
+from palm_rlhf_pytorch.vocabulary import Lookup, as_computed, linear_cross_entropy
 
 __all__ = ["LayerNorm", "PaLM", "ParallelTransformerBlock", "RotaryEmbedding", "SwiGLU"]
 
@@ -240,6 +240,7 @@ class PaLM(nn.Module):
         *,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
 
@@ -247,14 +248,22 @@ class PaLM(nn.Module):
         needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. Padding
         adds nothing to the loss. With a cache, x are the tokens that follow those in it (mask: padding on the right
         of a first, ragged batch).
+
+        segment_ids (b, n) number the documents of packed rows, from 0: attention and loss stay inside each, as if it
+        stood alone. They make one mask (b, 1, n, n) for all layers; `flex_attention`, which could skip what is masked,
+        would pay on a GPU alone, and there in rows of thousands of tokens.
         """
+        if segment_ids is not None and cache is not None:
+            raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:
-            real = x >= 0 if mask is None else mask
-            counted = real[:, 1:] & real[:, :-1]  # padding is neither predicted nor predicted from
-            labels = x[:, 1:].masked_fill(~counted, self.cross_entropy_ignore_index)
-            x, mask, extra_embed = (None if t is None else t[:, : labels.shape[1]] for t in (x, mask, extra_embed))
+            labels = next_tokens(x, mask, segment_ids, self.cross_entropy_ignore_index)
+            whole = (x, mask, extra_embed, segment_ids)
+            x, mask, extra_embed, segment_ids = (None if t is None else t[:, : labels.shape[1]] for t in whole)
         lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
-        if mask is None and not self.causal:
+        if segment_ids is not None:
+            apart = segment_ids.masked_fill(~real_tokens(x, mask), -1)  # padding is a document of its own
+            (mask,) = as_computed(added_to_scores(segment_mask(apart, self.causal), self.token_emb.weight.dtype))
+        elif mask is None and not self.causal:
             mask = x >= 0
         ids, tied = x.clamp(min=0), None
         if return_loss and not return_logits_with_embedding and Lookup.usable(x, self.token_emb.weight):
@@ -422,6 +431,22 @@ class PaLM(nn.Module):
 
 
 # helpers
+
+
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which ids (b, n) are no padding: those that the mask says, or without it ids from 0."""
+    return x >= 0 if mask is None else mask
+
+
+def next_tokens(x: Tensor, mask: Tensor | None, segment_ids: Tensor | None, ignored: int) -> Tensor:
+    """What to predict at each place but the last, (b, n) -> (b, n - 1). Padding is neither predicted nor predicted
+    from, nor is a document's first token from the one before: `ignored` stands there.
+    """
+    real = real_tokens(x, mask)
+    counted = real[:, 1:] & real[:, :-1]
+    if segment_ids is not None:
+        counted = counted & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    return x[:, 1:].masked_fill(~counted, ignored)
 
 
 def check_sizes(heads: int, kv_heads: int, dim_head: int, **sizes: int) -> None:

@@ -7,21 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from palm_rlhf_pytorch.devices import fused
+from palm_rlhf_pytorch.compilation import CompiledModule
+from palm_rlhf_pytorch.devices import fused, ready_for, to_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.prefetch import prefetched
 from palm_rlhf_pytorch.state import load_state, random_state, save_state, set_random_state
 
 KIND = "supervised"
@@ -104,13 +106,17 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
+    compile: bool | None = False,
+    ragged: bool = False,
     description: str = "training",
 ) -> list[dict[str, float]]:
     """Minimise loss_of(model, batch) over `batches`, and return the history of metrics.
 
     batches must come in the same order when made again: a resumed run passes over those already seen and takes the
-    same next step. Batches are tensors, or tuples of them, and are moved to the accelerator's device. Ctrl-C lets the
-    step under way end and writes the checkpoint. Losses in the history are means over the steps since the last line.
+    same next step. They are made ahead by a thread, so they may draw from generators of their own only. Batches are
+    tensors, or tuples of them, and are moved to the accelerator's device. compile, ragged: see `CompiledModule`. Ctrl-C
+    lets the step under way end and writes the checkpoint. Losses in the history are means over the steps since the
+    last line.
     """
     accelerator = accelerator or Accelerator()
     log = log or MetricsLog()
@@ -122,25 +128,26 @@ def fit(
     start, losses = 0, []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
         start, losses = _restore(checkpoint, model, optimizer, log)
-        batches = islice(batches, start, None)
 
-    meter, shown = Meter(start, losses), {}
+    module, meter, shown = CompiledModule(module, compile, ragged), Meter(start, losses), {}
     quiet = not accelerator.is_local_main_process
     bar = tqdm(total=options.steps, initial=start, desc=description, unit="step", disable=quiet)
-    with Interrupts() as interrupts, bar:
+    to_come = islice(batches, start, options.steps) if start < options.steps else ()
+    ready = partial(ready_for, device=accelerator.device)
+    with Interrupts() as interrupts, bar, prefetched(to_come, ready) as made:
         for step in range(start, options.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, options)
-            batch = to_device(next(batches), accelerator.device)
-            meter.losses.append(_take_step(module, batch, optimizer, accelerator, options.max_norm))
+            batch = to_device(next(made), accelerator.device)
+            rate = learning_rate(step, options)
+            meter.losses.append(_take_step(module, batch, optimizer, accelerator, rate, options.max_norm))
 
             done, row = step + 1, {}
             last = done == options.steps
             if done % options.log_every == 0 or last:
-                row = {**meter.line(done), "lr": learning_rate(step, options)}
+                row = {**meter.line(done), "lr": rate}
+                module.look(options.steps - done, row["steps_per_second"])
             if evaluate is not None and (done % options.eval_every == 0 or last):
-                module.eval()
-                with meter.paused():
+                model.eval()
+                with meter.paused(), accelerator.autocast():
                     row.update(evaluate())
             if row:
                 log.append({"step": done, **row})
@@ -156,22 +163,18 @@ def fit(
     return log.history
 
 
-def _take_step(module: nn.Module, batch: Any, optimizer: Any, accelerator: Accelerator, max_norm: float) -> Tensor:
+def _take_step(
+    compiled: CompiledModule, batch: Any, optimizer: Any, accelerator: Accelerator, rate: float, max_norm: float
+) -> Tensor:
     """One optimiser step; the loss, without its graph."""
-    module.train()
-    loss = module(batch)
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(module.parameters(), max_norm)
+    compiled.module.train()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = compiled.backward(batch, accelerator.backward)
+    accelerator.clip_grad_norm_(compiled.module.parameters(), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach()
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, None, or a tuple of such, moved."""
-    if isinstance(batch, tuple):
-        return tuple(to_device(part, device) for part in batch)
-    return batch if batch is None else batch.to(device)
+    return loss
 
 
 def _save(path: str | Path, step: int, losses: list[Tensor], model: nn.Module, optimizer: Any, log: MetricsLog) -> None:

@@ -7,12 +7,27 @@ from collections.abc import Callable  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from palm_rlhf_pytorch.devices import accelerate_keywords  # noqa: E402
 from palm_rlhf_pytorch.palm import PaLM  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """What a test computes in is not what the next one does: accelerate has one precision a process."""
+    yield
+    accelerate_keywords(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture
+def said(caplog) -> Callable[[], list[str]]:
+    """What the package logged, from INFO on."""
+    caplog.set_level("INFO", "palm_rlhf_pytorch")
+    return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("palm_rlhf_pytorch")]
 
 
 def make(**keywords) -> PaLM:

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf_pytorch.attention import Attention, causal_key_mask
+from palm_rlhf_pytorch.attention import Attention, added_to_scores, causal_key_mask, segment_mask
 
 
 def plain(q, k, v, causal, key_mask=None):
@@ -71,6 +71,25 @@ def test_left_padding_is_invisible_and_nothing_turns_into_nan(kv_heads):
 def test_causal_key_mask_by_hand():
     mask = causal_key_mask(torch.tensor([[False, True, True]]))
     assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 1, 1]]]]
+
+
+def test_segment_mask_by_hand():
+    segment_ids = torch.tensor([[0, 0, 1, -1]])
+    assert segment_mask(segment_ids, True).int().tolist() == [
+        [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
+    ]
+    assert segment_mask(segment_ids, False).int().tolist() == [
+        [[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
+    ]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_mask_added_to_the_scores_is_the_bool_one(kv_heads):
+    q, k, v = qkv(kv_heads)
+    visible = segment_mask(torch.tensor([[0, 0, 0, 1, 1, 1, 2], [0] * 7]), True)
+    added = added_to_scores(visible, torch.float32)
+    assert added.dtype == torch.float32 and set(added.unique().tolist()) == {0.0, -torch.inf}
+    torch.testing.assert_close(Attention(causal=True)(q, k, v, added), Attention(causal=True)(q, k, v, visible))
 
 
 def test_a_whole_mask_replaces_causality():

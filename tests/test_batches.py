@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch.batches import (
+    best_fit,
     bucketed_rows,
-    document_batches,
     encode_prompt,
     encode_response,
     next_token_batches,
     pack_documents,
+    packed_batches,
     pad_sequences,
+    spans,
 )
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
@@ -74,7 +76,7 @@ def test_empty_sequences_are_refused(sequences):
     for use in (
         lambda: pad_sequences(sequences, 0),
         lambda: pack_documents(sequences),
-        lambda: document_batches(sequences, 2, 0, seeded()),
+        lambda: packed_batches(sequences, 4, 2, 0, seeded()),
     ):
         with pytest.raises(ValueError, match="got none|sequence 1 is empty"):
             use()
@@ -108,42 +110,108 @@ def test_next_token_batches_refuse_at_the_call():
         next_token_batches(torch.arange(4), 0, 1, seeded())
 
 
+# packing
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 9, 10, 23])
+@pytest.mark.parametrize("first", [1, 2, 4, None])
+def test_pieces_predict_every_token_once(length, first):
+    pieces = spans(length, 4, first)
+    predicted = [i for start, stop in pieces for i in range(start + 1, stop)]
+    assert predicted == list(range(1, length))
+    assert all(stop - start <= 5 for start, stop in pieces)
+    assert pieces[0][1] == min(length, (first or 4) + 1)
+
+
+def test_best_fit_by_hand():
+    # 7 opens a row, 5 another, 4 another (7 + 4 and 5 + 4 are too long); 3 fills 7 up, not 5 or 4; 2 goes to 5, 2 to 4
+    lengths = [2, 4, 3, 7, 5, 2]
+    assert best_fit(lengths, 10) == [[3, 2], [4, 1], [0, 5]]
+    assert best_fit([8, 6, 2, 1], 8) == [[0], [1, 2], [3]]
+    assert best_fit([8, 6, 1, 2], 8) == [[0], [1, 3], [2]]  # 2 fills the row, 1 would not
+    assert best_fit([], 8) == []
+
+
+def test_best_fit_leaves_little_room():
+    lengths = torch.randint(1, 60, (3000,), generator=seeded()).tolist()
+    rows = best_fit(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(3000))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 100 and sum(filled) > 0.99 * 100 * len(rows)
+
+
 DOCUMENTS = [[i + 1] * (1 + i * 7 % 50) for i in range(101)]
 
 
-def document_epoch(iterator, batch_size: int) -> list[torch.Tensor]:
-    return list(islice(iterator, -(-len(DOCUMENTS) // batch_size)))
+def unpacked(batch):
+    """The documents of a batch, row by row."""
+    rows = zip(*batch, strict=True)
+    return [[ids[numbers == k].tolist() for k in range(int(numbers.max()) + 1)] for ids, numbers in rows]
 
 
-def test_document_batches_hold_every_document_once_per_epoch():
-    batches = document_batches(DOCUMENTS, 4, 0, seeded(), window=3)
-    epochs = [document_epoch(batches, 4) for _ in range(2)]
+def epoch_of(batches):
+    """Rows until all documents have come."""
+    rows, count = [], 0
+    while count < len(DOCUMENTS):
+        ((row,),) = [unpacked(next(batches))]
+        rows.append(row)
+        count += len(row)
+    return rows
+
+
+def test_packed_rows_hold_every_document_once_per_epoch():
+    batches = packed_batches(DOCUMENTS, 59, 1, 0, seeded(), window=40)
+    epochs = [epoch_of(batches) for _ in range(2)]
     for epoch in epochs:
-        rows = [[i for i in row.tolist() if i] for batch in epoch for row in batch]
-        assert sorted(rows) == sorted(DOCUMENTS)
-        assert sorted(len(batch) for batch in epoch) == [1] + [4] * 25
-    assert [b.tolist() for b in epochs[0]] != [b.tolist() for b in epochs[1]]
+        assert sorted(document for row in epoch for document in row) == sorted(DOCUMENTS)
+    assert epochs[0] != epochs[1]
 
 
-def test_document_batches_follow_the_generator():
+def test_packed_batches_have_one_shape_and_number_their_documents():
+    real = 0
+    for ids, numbers in islice(packed_batches(DOCUMENTS, 59, 7, 0, seeded()), 30):
+        assert ids.shape == numbers.shape == (7, 60) and ids.dtype == numbers.dtype == torch.long
+        assert torch.equal(numbers == -1, ids == 0)
+        steps = numbers.masked_fill(numbers == -1, 10**6).diff(dim=-1)
+        assert (steps >= 0).all() and (numbers[:, 0] == 0).all()  # one after the other, padding at the end
+        assert torch.equal(steps > 0, ids.diff(dim=-1) != 0)  # each document has an id of its own
+        real += int((ids > 0).sum())
+    assert real > 0.98 * 30 * 7 * 60
+
+
+def test_packed_batches_follow_the_generator():
     def first(seed):
-        return [b.tolist() for b in document_epoch(document_batches(DOCUMENTS, 4, 0, seeded(seed)), 4)]
+        return [t.tolist() for t in next(packed_batches(DOCUMENTS, 59, 8, 0, seeded(seed)))]
 
     assert first(0) == first(0)
     assert first(0) != first(1)
 
 
-def test_document_batches_compute_little_padding():
-    def padding(window):
-        epoch = document_epoch(document_batches(DOCUMENTS, 4, 0, seeded(), window), 4)
-        return sum((batch == 0).sum().item() for batch in epoch)
-
-    assert padding(window=26) < padding(window=1) / 5
+def test_rows_do_not_run_from_long_to_short():
+    lengths = [len(row[0]) for row in epoch_of(packed_batches(DOCUMENTS, 59, 1, 0, seeded()))]
+    assert lengths != sorted(lengths, reverse=True)
 
 
-def test_document_batches_do_not_run_from_short_to_long():
-    widths = [b.shape[1] for b in document_epoch(document_batches(DOCUMENTS, 4, 0, seeded()), 4)]
-    assert widths != sorted(widths)
+def test_long_documents_are_cut_elsewhere_every_time():
+    document = list(range(1, 24))
+    batches = packed_batches([document, [50, 51]], 5, 1, 0, seeded())
+    seen = set()
+    for _ in range(20):
+        pairs, cuts = [], set()
+        while len(pairs) < 23:  # 22 next tokens of the long document and one of the short
+            for piece in unpacked(next(batches))[0]:
+                assert len(piece) <= 6
+                pairs += list(zip(piece, piece[1:], strict=False))
+                cuts.add(piece[0])
+        assert sorted(pairs) == [*zip(document, document[1:], strict=False), (50, 51)]
+        seen.add(frozenset(cuts))
+    assert len(seen) == 5
+
+
+def test_packed_batches_refuse_at_the_call():
+    for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="at least 1, got"):
+            packed_batches(DOCUMENTS, sizes[0], sizes[1], 0, seeded(), sizes[2])
 
 
 LENGTHS = [1 + i * 7 % 50 for i in range(101)]

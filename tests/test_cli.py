@@ -1,18 +1,21 @@
 import io
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 
-from palm_rlhf_pytorch import cli, supervised
+from palm_rlhf_pytorch import cli, compilation, supervised
 from palm_rlhf_pytorch.checkpoint import read_weights
-from palm_rlhf_pytorch.cli import generate, main
+from palm_rlhf_pytorch.cli import common, generate, main
 from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.metrics import read_metrics
 from palm_rlhf_pytorch.ppo import RLHFTrainer
@@ -121,7 +124,7 @@ def test_pretrain_takes_a_tokenizer_by_path(files, tmp_path):
 def test_a_resumed_pretrain_equals_an_uninterrupted_one(files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 5)
+        interrupt_at(patch, 3)
         command = "pretrain --data {text} --lines --out {out} " + PRETRAIN
         assert run(command, **files, out=out) == 130
     assert re.search("stopped after step .*state.pt' holds it, --resume goes on from there\n$", capsys.readouterr().err)
@@ -150,6 +153,108 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(files, tmp_path,
     assert run("pretrain --out {out} --resume", out=out) == 0
     assert "holds no checkpoint yet" in capsys.readouterr().out
     assert_same_weights(out / "model.safetensors", files["model"] / "model.safetensors")
+
+
+# precision and compiling
+
+
+def last_loss(out):
+    return next(row["loss"] for row in reversed(read_metrics(out / "metrics.jsonl")) if "loss" in row)
+
+
+def test_bf16_learns_about_the_same(files, tmp_path, capsys):
+    paths = {**files, "model": tmp_path / "pretrain", "reward": tmp_path / "reward", "ppo": tmp_path / "ppo"}
+    assert run("pretrain --precision bf16 --data {text} --lines --out {model} " + PRETRAIN, **paths) == 0
+    assert "on cpu in bf16" in capsys.readouterr().out
+    command = "reward --precision bf16 --data {rated} --model {model} --out {reward} --prompt-words 2 " + REWARD
+    assert run(command, **paths) == 0
+    for name in ("model", "reward"):
+        assert 0 < abs(last_loss(paths[name]) - last_loss(files[name])) < 0.05
+        config = json.loads((paths[name] / "config.json").read_text())
+        assert config["compute"] == {"precision": "bf16", "compile": None}
+    command = "ppo --precision bf16 --model {model} --reward {reward} --prompts {prompts} --out {ppo} " + PPO
+    assert run(command, **paths) == 0
+    rows = read_metrics(tmp_path / "ppo" / "metrics.jsonl")
+    assert len(rows) == 3 and all(math.isfinite(value) for row in rows for value in row.values())
+    saved = [p for name, p in weights(tmp_path / "ppo" / "model.safetensors").items() if name.endswith("weight")]
+    assert all(p.dtype == torch.float32 for p in saved)
+
+
+@pytest.mark.parametrize("command, out", [
+    ("pretrain --compile --data {text} --lines --out {out} " + PRETRAIN, "model"),
+    ("reward --compile --data {rated} --model {model} --out {out} --prompt-words 2 --dropout 0 " + REWARD, "reward"),
+])  # fmt: skip
+def test_compiled_learns_the_same(files, tmp_path, monkeypatch, said, command, out):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    monkeypatch.setattr(common, "can_compile", lambda device: True)
+    command = command.replace("--ff-dropout 0.2", "")
+    assert run(command, **files, out=tmp_path / "compiled") == 0
+    assert sum("compiled the training step in" in line for line in said()) == 1
+    assert run(command.replace("--compile", "--no-compile"), **files, out=tmp_path / "plain") == 0
+    name = "model.safetensors" if out == "model" else "reward.safetensors"
+    ours, plain = weights(tmp_path / "compiled" / name), weights(tmp_path / "plain" / name)
+    assert ours.keys() == plain.keys() == weights(files[out] / name).keys()
+    for one, other in zip(ours.values(), plain.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(
+    not (common.can_compile(torch.device("cpu")) and Path(sysconfig.get_path("include"), "Python.h").is_file()),
+    reason="needs a C++ compiler and Python's headers",
+)
+def test_code_is_made_for_a_cpu(files, tmp_path, said):
+    torch._dynamo.reset()
+    tiny = "--dim 8 --depth 1 --heads 1 --dim-head 8 --seq-len 24 --batch-size 2 --steps 2 --log-every 1"
+    for flag in ("--compile", "--no-compile"):
+        command = f"pretrain {flag} --data {{text}} --lines --out {{out}} {tiny}"
+        assert run(command, **files, out=tmp_path / flag) == 0
+    assert sum("compiled the training step in" in line for line in said()) == 1
+    assert last_loss(tmp_path / "--compile") == pytest.approx(last_loss(tmp_path / "--no-compile"), rel=1e-5)
+
+
+def test_without_a_compiler_it_is_refused(files, capsys, monkeypatch):
+    monkeypatch.setattr(common, "can_compile", lambda device: False)
+    for command in (
+        "pretrain --data {text} --out {nowhere} --compile",
+        "reward --data {rated} --out {nowhere} --compile",
+    ):
+        assert run(command, **files) == 2
+        assert capsys.readouterr().err.endswith(
+            "needs a C++ compiler (g++ or clang++), which is not here; leave it out\n"
+        )
+    assert not files["nowhere"].exists()
+    options = common.ComputeOptions(compile=True)
+    with pytest.raises(ValueError, match="needs triton"):
+        options.keywords(torch.device("cuda"))
+
+
+def test_only_a_gpu_compiles_unasked(monkeypatch):
+    monkeypatch.setattr(common, "accelerator_on", lambda device, precision: None)
+    monkeypatch.setattr(common, "can_compile", lambda device: True)
+    unasked = common.ComputeOptions()
+    assert unasked.keywords(torch.device("cpu"))["compile"] is False
+    assert unasked.keywords(torch.device("cuda"))["compile"] is None
+    for wanted in (True, False):
+        for device in ("cpu", "cuda"):
+            assert common.ComputeOptions(compile=wanted).keywords(torch.device(device))["compile"] is wanted
+    monkeypatch.setattr(common, "can_compile", lambda device: False)
+    assert unasked.keywords(torch.device("cuda"))["compile"] is False
+
+
+def test_a_resumed_run_keeps_its_precision(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("pretrain --precision bf16 --data {text} --out {out} " + PRETRAIN, **files, out=out) == 0
+    capsys.readouterr()
+    assert run("pretrain --resume --steps 8 --out {out}", out=out) == 0
+    assert "on cpu in bf16" in capsys.readouterr().out
+
+
+def test_what_is_logged_is_a_plain_line_on_stderr(files, tmp_path):
+    arguments = f"pretrain --data {files['text']} --lines --out {tmp_path / 'run'} {PRETRAIN}".split()
+    done = subprocess.run([sys.executable, "-m", "palm_rlhf_pytorch", *arguments], capture_output=True, text=True)
+    assert re.search(r"^packing: 1\.\d documents to a row of 25 tokens, .* %\)$", done.stderr, re.MULTILINE)
+    assert "packing" not in done.stdout
 
 
 # reward
@@ -402,6 +507,8 @@ def test_mistakes_are_said_in_one_sentence(files, capsys, command, message):
         ("pretrain --data x --devise cpu", "unrecognized arguments: --devise cpu"),
         ("pretrain --data x --res", "unrecognized arguments: --res"),
         ("pretrain --data x --device meta", "invalid choice: 'meta'"),
+        ("reward --data x --precision fp16", "invalid choice: 'fp16'"),
+        ("ppo --model x --reward x --prompts x --compile", "unrecognized arguments: --compile"),
         ("ppo --model x --reward x --prompts x --temperature 0", "--temperature: must be 0.01 or more"),
         ("generate --model x --num-samples 0", "--num-samples: must be 1 or more"),
     ],

@@ -2,8 +2,9 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from palm_rlhf_pytorch import PaLM
+from palm_rlhf_pytorch import PaLM, vocabulary
 from palm_rlhf_pytorch.language_modelling import (
     PAD,
     CorpusOptions,
@@ -70,12 +71,35 @@ def test_nothing_needs_to_be_held_out(palm):
 def test_short_documents_stay_whole():
     texts = ["one", "three", "four"]
     corpus = build_corpus(texts, [], TOKENIZER, CorpusOptions(seq_len=6, batch_size=2))
-    rows = [row[row != PAD].tolist() for batch in islice(corpus.batches, 2) for row in batch]
-    assert sorted(rows) == sorted(ids(text) for text in texts)
+    # 7, 6 and 5 ids: a row each
+    rows = [row[row != PAD].tolist() for batch, _ in islice(corpus.batches, 3) for row in batch]
+    assert sorted(rows) == sorted(2 * [ids(text) for text in texts])
 
 
-def test_a_long_document_makes_crops_of_all():
-    texts = ["one", "three!", "four"]  # "three!" has 8 ids, one more than seq_len + 1
+def test_short_documents_share_rows(said):
+    corpus = build_corpus(["one", "three", "four"], [], TOKENIZER, CorpusOptions(seq_len=11, batch_size=2))
+    batch, segment_ids = next(corpus.batches)
+    assert batch.shape == segment_ids.shape == (2, 12)
+    assert sorted(segment_ids.amax(dim=-1).tolist()) == [0, 1]
+    assert int((batch != PAD).sum()) == 5 + 7 + 6
+    # 18 ids in 2 rows of 12, or in 3
+    assert said() == ["packing: 1.5 documents to a row of 12 tokens, 25.0 % padding (with a row each, 50.0 %)"]
+
+
+def test_one_long_document_among_short_ones_is_cut():
+    texts = ["one", "three!", "four"]  # "three!" has 8 ids, one more than a row
+    corpus = build_corpus(texts, [], TOKENIZER, CorpusOptions(seq_len=6, batch_size=1))
+    pairs = []
+    while len(pairs) < 4 + 7 + 5:
+        batch, segment_ids = next(corpus.batches)
+        inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (batch[:, 1:] != PAD)
+        pairs += list(zip(batch[:, :-1][inside].tolist(), batch[:, 1:][inside].tolist(), strict=True))
+    expected = [ids(text) for text in texts]
+    assert sorted(pairs) == sorted(pair for one in expected for pair in zip(one, one[1:], strict=False))
+
+
+def test_long_documents_make_crops_of_all():
+    texts = ["one!!", "three!", "four!"]  # 7, 8 and 7 ids: more than a row on average
     corpus = build_corpus(texts, [], TOKENIZER, CorpusOptions(seq_len=6, batch_size=50))
     stream = [i for text in texts for i in ids(text)]
     crops = {tuple(stream[start : start + 7]) for start in range(len(stream) - 6)}
@@ -86,7 +110,7 @@ def test_a_long_document_makes_crops_of_all():
 def test_batches_follow_the_seed():
     def first(seed):
         corpus = build_corpus([str(i) for i in range(50)], [], TOKENIZER, CorpusOptions(batch_size=50, seed=seed))
-        return next(corpus.batches).tolist()
+        return [t.tolist() for t in next(corpus.batches)]
 
     assert first(0) == first(0) != first(1)
 
@@ -127,6 +151,23 @@ def test_held_out_loss_by_hand(palm):
         assert found["held_out_loss"] == pytest.approx(total / targets, rel=1e-5)
         assert found["nats_per_character"] == pytest.approx(total / characters, rel=1e-5)
         assert found["perplexity"] == pytest.approx(torch.tensor(total / targets).exp().item(), rel=1e-4)
+
+
+def test_held_out_loss_never_holds_the_logits(palm, monkeypatch):
+    monkeypatch.setattr(PaLM, "logits_of", lambda *arguments: pytest.fail("logits of the whole batch were made"))
+    products, linear = [], F.linear
+
+    def spy(x, weight, *bias):
+        products.append(x.shape[:-1].numel() * weight.shape[0])
+        return linear(x, weight, *bias)
+
+    corpus = build_corpus(["x"], ["abcdefghijklmnop" * 8] * 8, TOKENIZER, CorpusOptions(seq_len=64))
+    expected = held_out_loss(palm, corpus, 32)["held_out_loss"]
+    monkeypatch.setattr(vocabulary, "rows_of_chunk", lambda weight: 4)
+    monkeypatch.setattr(F, "linear", spy)
+    assert held_out_loss(palm, corpus, 32)["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+    vocabularies = [product for product in products if product % TOKENIZER.num_tokens == 0]
+    assert len(vocabularies) > 100 and max(vocabularies) <= 4 * TOKENIZER.num_tokens
 
 
 def test_a_hopeless_perplexity_does_not_overflow(palm):

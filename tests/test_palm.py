@@ -206,6 +206,99 @@ def test_an_encoder_sees_the_future_but_no_padding(make_palm):
     assert model(torch.full((1, 4), -1)).isfinite().all()
 
 
+# packed rows
+
+
+ROWS = [(4, 1, 5), (7, 2)]  # the lengths of the documents in each row, before padding
+
+
+def packed_rows(width=12):
+    """Ids (2, width), -1 at padding, their segment ids, and where each document lies: (row, start, stop)."""
+    ids, segment_ids, places = torch.full((2, width), -1), torch.full((2, width), -1), []
+    for row, lengths in enumerate(ROWS):
+        start = 0
+        for number, length in enumerate(lengths):
+            places.append((row, start, start + length))
+            segment_ids[row, start : start + length] = number
+            start += length
+        ids[row, :start] = torch.randint(1, 17, (start,))
+    return ids, segment_ids, places
+
+
+PACKED = [
+    {}, {"kv_heads": 2}, {"use_xpos": False}, {"rotary_xpos_scale_base": 4}, {"qk_rmsnorm": True}, {"causal": False},
+    {"causal": False, "use_xpos": True}, {"gradient_checkpointing": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keywords", PACKED)
+def test_packed_documents_are_each_alone(make_palm, keywords):
+    model, (ids, segment_ids, places) = make_palm(**keywords), packed_rows()
+    packed = model(ids, segment_ids=segment_ids)
+    assert packed.isfinite().all()
+    for row, start, stop in places:
+        alone = model(ids[row : row + 1, start:stop])[0]
+        torch.testing.assert_close(packed[row, start:stop], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(packed, model(ids), atol=1e-3)
+
+
+def test_packed_padding_may_be_said_by_a_mask(make_palm):
+    for causal in (True, False):
+        model, (ids, segment_ids, _) = make_palm(causal=causal), packed_rows()
+        mask = ids >= 0
+        garbage, joined = torch.where(mask, ids, 7), torch.where(mask, segment_ids, 0)
+        expected = model(ids, segment_ids=segment_ids)[mask]
+        torch.testing.assert_close(model(garbage, mask=mask, segment_ids=joined)[mask], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"gradient_checkpointing": True}, {"logit_scale": 0.5}])
+def test_packed_loss_and_gradients_are_those_of_documents_alone(make_palm, keywords):
+    model, (ids, segment_ids, places) = make_palm(cross_entropy_ignore_index=-1, **keywords), packed_rows()
+    model.train()
+    loss = model(ids, return_loss=True, segment_ids=segment_ids)
+    loss.backward()
+    packed = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    counts = [stop - start - 1 for _, start, stop in places]
+    parts = [
+        model(ids[row : row + 1, start:stop], return_loss=True) * n
+        for (row, start, stop), n in zip(places, counts, strict=True)
+        if n
+    ]
+    expected = sum(parts) / sum(counts)  # 3 + 0 + 4 + 6 + 1 next tokens, none across documents
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    for ours, alone in zip(packed, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, alone.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_rows_under_autocast(make_palm):
+    model, (ids, segment_ids, _) = make_palm(), packed_rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced = model(ids, segment_ids=segment_ids).detach()
+    expected = model(ids, segment_ids=segment_ids).detach()
+    assert 0 < float((reduced - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_one_mask_serves_all_layers(make_palm, monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, **keywords):
+        seen.append(keywords["attn_mask"])
+        return attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model, (ids, segment_ids, _) = make_palm(), packed_rows()
+    model(ids, segment_ids=segment_ids)
+    assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype == torch.float32 and seen[0].shape == (2, 1, 12, 12)
+
+
+def test_packed_rows_have_no_cache(make_palm):
+    model, (ids, segment_ids, _) = make_palm(), packed_rows()
+    with pytest.raises(ValueError, match="one document a row"):
+        model(ids, segment_ids=segment_ids, cache=model.new_cache(2, 12))
+
+
 def test_a_causal_model_does_not_see_the_future(make_palm):
     model, x = make_palm(), tokens()
     changed = x.clone()

@@ -1,14 +1,18 @@
 import math
 import signal
-from itertools import count
+import threading
+from contextlib import contextmanager
+from itertools import count, islice
 
 import pytest
 import torch
 from torch import nn
 
+from palm_rlhf_pytorch import compilation, supervised
+from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.metrics import MetricsLog, read_metrics
 from palm_rlhf_pytorch.state import load_state
-from palm_rlhf_pytorch.supervised import FitOptions, decayed_groups, fit, learning_rate, to_device
+from palm_rlhf_pytorch.supervised import FitOptions, decayed_groups, fit, learning_rate
 
 OPTIONS = FitOptions(steps=10, lr=1e-2, warmup=2, log_every=3, eval_every=5, save_every=4)
 
@@ -141,9 +145,98 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path):
     assert load_state(path, "supervised")["step"] == 4  # the last good one
 
 
-def test_batches_are_moved_whole():
-    moved = to_device((torch.zeros(1), None, (torch.ones(1),)), torch.device("meta"))
-    assert moved[0].device.type == moved[2][0].device.type == "meta" and moved[1] is None
+# batches that are made ahead
+
+
+@contextmanager
+def at_once(source, prepare):
+    """`prefetched` without a thread."""
+    yield map(prepare, source)
+
+
+def test_batches_made_ahead_change_nothing(monkeypatch):
+    net, history = uninterrupted()
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "prefetched", at_once)
+        plain, expected = uninterrupted()
+    assert_same(net, plain)
+    assert numbers(history) == numbers(expected) and torch.equal(state, torch.get_rng_state())
+
+
+def test_no_batch_is_taken_that_is_not_learned_from(tmp_path):
+    taken = count()
+    source = (batch for batch, _ in zip(batches(), taken, strict=False))
+    fit(model(), squared, source, OPTIONS, checkpoint=tmp_path / "state.pt")
+    assert next(taken) == OPTIONS.steps
+    fit(model(), squared, source, OPTIONS, checkpoint=tmp_path / "state.pt", resume=True)  # it is finished
+    assert next(taken) == OPTIONS.steps + 1
+
+
+def test_a_mistake_in_the_batches_ends_it():
+    def broken():
+        yield from islice(batches(), 3)
+        raise Crash
+
+    steps = count()
+    with pytest.raises(Crash):
+        fit(model(), lambda m, b: 0 * next(steps) + squared(m, b), broken(), OPTIONS)
+    assert next(steps) == 3  # what came before was learned from
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+# precision and compiling
+
+
+def test_reduced_precision_learns_and_weighs_in_float32():
+    seen = []
+
+    def loss(module, batch):
+        value = squared(module, batch)
+        seen.append((torch.is_autocast_enabled("cpu"), module[0](batch[0]).dtype))
+        return value
+
+    def evaluate():
+        return {"reduced": float(torch.is_autocast_enabled("cpu"))}
+
+    net = model()
+    accelerator = accelerator_on(torch.device("cpu"), "bf16")
+    history = fit(net, loss, batches(), OPTIONS, evaluate=evaluate, accelerator=accelerator)
+    assert seen == [(True, torch.bfloat16)] * 10 and not torch.is_autocast_enabled("cpu")
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert all(math.isfinite(row["loss"]) for row in history if "loss" in row) and history[-1]["reduced"] == 1.0
+    accelerator_on(torch.device("cpu"))
+    _, expected = uninterrupted()
+    assert 0 < abs(history[0]["loss"] - expected[0]["loss"]) < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_step_is_the_plain_one(tmp_path, monkeypatch, said, precision):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    ends = []
+    for compile in (True, False):
+        torch._dynamo.reset()
+        net = model()
+        accelerator = accelerator_on(torch.device("cpu"), precision)
+        keywords = dict(accelerator=accelerator, compile=compile, checkpoint=tmp_path / "state.pt")
+        history = fit(net, squared, batches(), OPTIONS, **keywords)
+        ends.append((net, numbers(history), load_state(tmp_path / "state.pt", "supervised")["weights"]))
+    (compiled, found, written), (plain, expected, as_written) = ends
+    assert_same(compiled, plain)
+    assert found == expected and written.keys() == as_written.keys() == plain.state_dict().keys()
+    assert [m.split(" in ")[0] for m in said()] == ["compiled the training step"]
+
+
+@pytest.mark.parametrize("compile, times", [(None, 1), (False, 0)])
+def test_a_long_run_is_compiled_on_the_way(monkeypatch, said, compile, times):
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    monkeypatch.setattr(compilation, "LONG", 0.0)
+    net = model()
+    history = fit(net, squared, batches(), OPTIONS, evaluate=lambda: {"held_out": 1.0}, compile=compile)
+    plain, expected = uninterrupted()
+    assert_same(net, plain)
+    assert numbers(history) == numbers(expected) and len(said()) == times
 
 
 # going on

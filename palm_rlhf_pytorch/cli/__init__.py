@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from tqdm import tqdm
+
 from palm_rlhf_pytorch.flags import add_flags, from_flags
 from palm_rlhf_pytorch.version import __version__
 
@@ -20,6 +22,13 @@ COMMANDS = {
     "ppo": "improve a PaLM with PPO against a reward model",
     "generate": "complete a prompt, or chat line by line",
 }
+
+
+class LogLines(logging.Handler):
+    """Writes what is logged to stderr, on lines of their own above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence on stderr, with exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in arguments if word in COMMANDS), None)
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[LogLines()])
+    logging.getLogger("palm_rlhf_pytorch").setLevel(logging.INFO)
     try:
         namespace = build_parser(name, name and remembered(name, arguments)).parse_args(arguments)
         runner_of(name)(*(from_flags(cls, namespace) for cls in options_of(name)))

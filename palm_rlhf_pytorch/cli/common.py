@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from palm_rlhf_pytorch.devices import DEVICES, choose_device
+from palm_rlhf_pytorch.decoder import can_compile
+from palm_rlhf_pytorch.devices import DEVICES, PRECISIONS, accelerator_on, choose_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.run_directory import RunDirectory
@@ -28,6 +30,34 @@ class RunOptions:
         directory.claim(self.resume)
         torch.manual_seed(seed)
         return directory, choose_device(self.device)
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """How exactly to compute"""
+
+    precision: str = option(
+        "auto", "fp32, or bf16 by autocast; auto takes bf16 on a GPU that computes in it", choices=PRECISIONS
+    )
+
+
+@dataclass(frozen=True)
+class ComputeOptions(PrecisionOptions):
+    """How to compute"""
+
+    compile: bool | None = option(
+        None, "compile the training step (default: on a GPU with triton, when a run takes longer than five minutes)"
+    )
+
+    def keywords(self, device: torch.device) -> dict[str, Any]:
+        """For `supervised.fit` on that device."""
+        possible = can_compile(device)
+        if self.compile and not possible:
+            missing = "triton" if device.type == "cuda" else "a C++ compiler (g++ or clang++)"
+            raise ValueError(f"--compile needs {missing}, which is not here; leave it out")
+        unsaid = None if possible and device.type == "cuda" else False  # on a CPU it gains nothing
+        compile = unsaid if self.compile is None else self.compile
+        return {"compile": compile, "accelerator": accelerator_on(device, self.precision)}
 
 
 @dataclass(frozen=True)

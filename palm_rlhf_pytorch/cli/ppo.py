@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import RunOptions, text_reward
+from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, text_reward
 from palm_rlhf_pytorch.data import first_words, read_prompts, read_texts
 from palm_rlhf_pytorch.devices import accelerate_keywords
 from palm_rlhf_pytorch.evaluation import prompt_batch
@@ -69,7 +69,7 @@ def prompt_texts(options: PPOCommandOptions) -> list[str]:
     return prompts
 
 
-def run(options: PPOCommandOptions, learning: PPOLearning, where: RunOptions) -> Path:
+def run(options: PPOCommandOptions, learning: PPOLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
     directory, device = where.start(options.out, options.seed)
     source = RunDirectory(options.model)
     palm, tokenizer = source.palm().to(device), source.tokenizer()
@@ -80,7 +80,7 @@ def run(options: PPOCommandOptions, learning: PPOLearning, where: RunOptions) ->
             f"the longest prompt has {int(lengths.max())} tokens, --max-seq-len {options.max_seq_len} leaves no room "
             "for a response: raise it, or shorten the prompts (--prompt-words)"
         )
-    log = directory.start("ppo", where.resume, tokenizer, options=options, learning=learning)
+    log = directory.start("ppo", where.resume, tokenizer, options=options, learning=learning, compute=compute)
     trainer = RLHFTrainer(
         palm=palm,
         reward_model=reward,
@@ -109,7 +109,7 @@ def run(options: PPOCommandOptions, learning: PPOLearning, where: RunOptions) ->
         critic_pooled_values=False,
         seed=options.seed,
         metrics_path=log.path,
-        accelerate_kwargs=accelerate_keywords(device),
+        accelerate_kwargs=accelerate_keywords(device, compute.precision),
     )
     if where.resume and directory.has_state():
         trainer.load(directory.state)
@@ -138,4 +138,4 @@ def run(options: PPOCommandOptions, learning: PPOLearning, where: RunOptions) ->
     return directory.path
 
 
-OPTIONS = (PPOCommandOptions, PPOLearning, RunOptions)
+OPTIONS = (PPOCommandOptions, PPOLearning, PrecisionOptions, RunOptions)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import ModelOptions, RunOptions, TokenizerOptions
+from palm_rlhf_pytorch.cli.common import ComputeOptions, ModelOptions, RunOptions, TokenizerOptions
 from palm_rlhf_pytorch.data import read_texts
-from palm_rlhf_pytorch.devices import accelerator_on
+from palm_rlhf_pytorch.devices import choose_precision
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, split_texts, train_language_model
 from palm_rlhf_pytorch.supervised import FitOptions
@@ -28,9 +28,11 @@ def run(
     model: ModelOptions,
     corpus_options: CorpusOptions,
     fit: FitOptions,
+    compute: ComputeOptions,
     where: RunOptions,
 ) -> Path:
     directory, device = where.start(options.out, corpus_options.seed)
+    keywords = compute.keywords(device)
     texts, held_out = split_texts(
         read_texts(options.data, lines=options.lines), corpus_options.held_out, corpus_options.seed
     )
@@ -38,8 +40,10 @@ def run(
     palm = model.new(tokenizer).to(device)
     corpus = build_corpus(texts, held_out, tokenizer, corpus_options)
     given = {"options": options, "words": words, "model": model, "corpus": corpus_options, "fit": fit}
-    log = directory.start("pretrain", where.resume, tokenizer, **given)
-    print(f"{sum(p.numel() for p in palm.parameters()):,} parameters, {tokenizer.num_tokens:,} tokens, on {device}")
+    log = directory.start("pretrain", where.resume, tokenizer, **given, compute=compute)
+    parameters = sum(p.numel() for p in palm.parameters())
+    precision = choose_precision(compute.precision, device)
+    print(f"{parameters:,} parameters, {tokenizer.num_tokens:,} tokens, on {device} in {precision}")
     train_language_model(
         palm,
         corpus,
@@ -48,11 +52,11 @@ def run(
         log=log,
         checkpoint=directory.state,
         resume=where.resume and directory.has_state(),
-        accelerator=accelerator_on(device),
+        **keywords,
     )
     palm.save(directory.weights)
     directory.finish(log, "pretrain")
     return directory.path
 
 
-OPTIONS = (PretrainOptions, TokenizerOptions, ModelOptions, CorpusOptions, FitOptions, RunOptions)
+OPTIONS = (PretrainOptions, TokenizerOptions, ModelOptions, CorpusOptions, FitOptions, ComputeOptions, RunOptions)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import ModelOptions, RunOptions, TokenizerOptions
+from palm_rlhf_pytorch.cli.common import ComputeOptions, ModelOptions, RunOptions, TokenizerOptions
 from palm_rlhf_pytorch.data import Pair, Rating, first_words, read_pairs, read_ratings, split_holdout
-from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.rating import (
     RatingOptions,
@@ -54,9 +53,11 @@ def run(
     fit: FitOptions,
     words: TokenizerOptions,
     sizes: ModelOptions,
+    compute: ComputeOptions,
     where: RunOptions,
 ) -> Path:
     directory, device = where.start(options.out, ratings.seed)
+    keywords = compute.keywords(device)
     items = read_pairs(options.data) if options.pairs else read_ratings(options.data)
     train, held_out = split_holdout(items, options.held_out, ratings.seed) if options.held_out else (items, [])
     scale = None
@@ -73,18 +74,13 @@ def run(
         tokenizer = directory.tokenizer() if where.resume else words.new(texts_of(train))
         palm = sizes.new(tokenizer)
     model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder).to(device)
-    given = {"options": options, "ratings": ratings, "fit": fit, "words": words, "model": sizes}
+    given = {"options": options, "ratings": ratings, "fit": fit, "words": words, "model": sizes, "compute": compute}
     log = directory.start("reward", where.resume, tokenizer, **given)
     directory.config["whole_text"] = not options.pairs and not any(r.prompt for r in train)
     if scale is not None:
         worth = ", ".join(f"{value:.3g}" for value in scale.values)
         print(f"bins divided at {', '.join(f'{e:.3g}' for e in scale.edges)} are worth {worth}")
-    keywords = dict(
-        log=log,
-        checkpoint=directory.state,
-        resume=where.resume and directory.has_state(),
-        accelerator=accelerator_on(device),
-    )
+    keywords |= dict(log=log, checkpoint=directory.state, resume=where.resume and directory.has_state())
     if options.pairs:
         history = train_on_pairs(model, train, held_out, tokenizer, ratings, fit, **keywords)
     else:
@@ -97,4 +93,4 @@ def run(
     return directory.path
 
 
-OPTIONS = (RewardOptions, RatingOptions, FitOptions, TokenizerOptions, ModelOptions, RunOptions)
+OPTIONS = (RewardOptions, RatingOptions, FitOptions, TokenizerOptions, ModelOptions, ComputeOptions, RunOptions)
