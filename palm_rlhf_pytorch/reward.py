@@ -148,7 +148,9 @@ class RewardModel(nn.Module):
         """
         mask = x >= 0 if mask is None else mask
         pred = self.predict(x.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
-        return pred.float().softmax(dim=-1) @ self.bin_values.float() if self.binned_output else pred.float()
+        if not self.binned_output:
+            return pred.float()
+        return (pred.float().softmax(dim=-1) * self.bin_values.float()).sum(dim=-1)  # autocast would round a product
 
     @torch.no_grad()
     @eval_decorator

@@ -58,7 +58,7 @@ class HLGauss:
     def decode(self, logits: Tensor) -> Tensor:
         """Bin logits (..., bins) -> expected value (...,)."""
         centres = torch.linspace(self.min_value, self.max_value, self.num_bins, device=logits.device)
-        return logits.float().softmax(dim=-1) @ centres
+        return (logits.float().softmax(dim=-1) * centres).sum(dim=-1)  # autocast would round a matrix product
 
     def probabilities(self, target: Tensor) -> Tensor:
         """Target (...,) -> the mass of each bin (..., bins)."""
