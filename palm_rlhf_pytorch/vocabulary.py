@@ -66,7 +66,7 @@ def linear_cross_entropy(
     `ignore_index`; weight (v, d). `tied`: see `Lookup`.
 
     In chunks like `linear_log_probs`; gradients are made with the loss, so that no logits are computed twice. torch
-    has such a function from 2.13 on; on a CPU it takes four times as long (benchmarks/RESULTS.md).
+    has such a function from 2.13 on; with its own choice of chunks it took three to four times as long on a CPU.
     """
     embeds, weight = as_computed(embeds, weight)
     if embeds.shape[0] <= rows_of_chunk(weight):
