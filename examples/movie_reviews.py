@@ -35,7 +35,7 @@ PROMPT_WORDS = 3
 MAX_SEQ_LEN = 64
 
 PRETRAIN = "--tokenizer bpe --vocab-size 4096 --lowercase --dim 192 --depth 3 --heads 6 --dim-head 32 --ff-dropout 0.1 "
-PRETRAIN += "--seq-len 96 --batch-size 32 --steps 1600 --lr 2e-3 --eval-every 400 --save-every 800"
+PRETRAIN += "--seq-len 96 --batch-size 10 --steps 1600 --lr 2e-3 --eval-every 400 --save-every 800"
 # Small encoders from scratch, with half of the tokens left out of each text and strong weight decay.
 # They divide text differently and err differently, so their mean is better than each.
 VOCABULARIES = (4096, 8192, 16384)

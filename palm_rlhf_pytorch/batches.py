@@ -72,7 +72,7 @@ def spans(length: int, seq_len: int, first: int | None = None) -> list[tuple[int
 
 def best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices of lengths in rows of at most `room` together: the longest first, each into the row that it fills best
-    (Ding et al., 2404.10830, algorithm 1).
+    (best-fit decreasing, Ding et al., 2404.10830).
     """
     rows: list[list[int]] = []
     rows_with: list[list[list[int]]] = [[] for _ in range(room + 1)]  # so much room left
@@ -101,7 +101,8 @@ def packed_batches(
     generator: Generator,
     window: int = 4096,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of whole documents, forever: ids and segment ids, both (batch_size, seq_len + 1).
+    """Rows of whole documents, forever: ids and segment ids, both (batch_size, seq_len + 1), or as wide as all
+    documents together where those have less.
 
     A segment id is the number of a token's document in its row, -1 at padding. Each epoch has every document once, in
     shuffled order, and batches go on across epochs, so that all have one shape. Documents that are longer than a row
@@ -111,11 +112,12 @@ def packed_batches(
         sizes = f"{seq_len}, {batch_size} and {window}"
         raise ValueError(f"seq_len, batch_size and window must be at least 1, got {sizes}.")
     stream = pack_documents(documents)
+    room = min(seq_len + 1, len(stream))
     ends = list(accumulate(len(d) for d in documents))
 
     def pieces(i: int) -> list[Tensor]:
         document = stream[ends[i - 1] if i else 0 : ends[i]]
-        long = len(document) > seq_len + 1
+        long = len(document) > room
         first = int(torch.randint(seq_len, (), generator=generator)) + 1 if long else seq_len
         return [document[start:stop] for start, stop in spans(len(document), seq_len, first)]
 
@@ -123,14 +125,14 @@ def packed_batches(
         while True:
             for some in torch.randperm(len(ends), generator=generator).split(window):
                 parts = [part for i in some.tolist() for part in pieces(i)]
-                packed = best_fit([len(part) for part in parts], seq_len + 1)
+                packed = best_fit([len(part) for part in parts], room)
                 # shuffled again, or every window would run from long to short
                 for r in torch.randperm(len(packed), generator=generator).tolist():
                     yield [parts[i] for i in packed[r]]
 
     def batches(endless: Iterator[list[Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield lay_out(list(islice(endless, batch_size)), seq_len + 1, pad_id)
+            yield lay_out(list(islice(endless, batch_size)), room, pad_id)
 
     return batches(rows())
 

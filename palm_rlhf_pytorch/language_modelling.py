@@ -81,6 +81,7 @@ def build_corpus(texts: Sequence[str], held_out: Sequence[str], tokenizer: Token
 
 def say_packing(lengths: Sequence[int], room: int, sample: int = 4096) -> None:
     """Log how well documents share rows of `room` tokens, told by some of them."""
+    room = min(room, sum(lengths))
     some = [min(length, room) for length in lengths[:: 1 + len(lengths) // sample]]
     rows = len(best_fit(some, room))
     logger.info(

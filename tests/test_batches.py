@@ -179,6 +179,11 @@ def test_packed_batches_have_one_shape_and_number_their_documents():
     assert real > 0.98 * 30 * 7 * 60
 
 
+def test_rows_are_no_wider_than_all_documents():
+    ids, numbers = next(packed_batches([[5, 6], [7, 8, 9]], 100, 2, 0, seeded()))
+    assert ids.shape == (2, 5) and (ids > 0).all() and numbers.amax(dim=-1).tolist() == [1, 1]
+
+
 def test_packed_batches_follow_the_generator():
     def first(seed):
         return [t.tolist() for t in next(packed_batches(DOCUMENTS, 59, 8, 0, seeded(seed)))]

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RLHFTrainer
+from palm_rlhf_pytorch.devices import accelerator_on
+from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, train_language_model
+from palm_rlhf_pytorch.supervised import FitOptions
+from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,3 +53,27 @@ def test_an_update_runs_there():
     )
     trainer.train(num_episodes=1, max_timesteps=8, update_timesteps=8, max_seq_len=12)
     assert trainer.palm.device.type == "cuda" and trainer.history[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_are_each_alone(dtype):
+    palm = make_palm().cuda()
+    ids = torch.randint(0, 50, (2, 43), device="cuda")
+    segment_ids = (torch.arange(43, device="cuda") // 15).expand(2, -1)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        packed = palm(ids, segment_ids=segment_ids)
+        alone = torch.cat([palm(part) for part in ids.split(15, dim=-1)], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-3 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_pretraining_in_bf16(compile, said):
+    tokenizer = ByteTokenizer()
+    palm = make_palm(num_tokens=tokenizer.num_tokens)
+    corpus = build_corpus(["abcabcabc"] * 50, ["abcabcabc"], tokenizer, CorpusOptions(seq_len=64, batch_size=8))
+    options = FitOptions(steps=60, lr=1e-2, warmup=5, eval_every=30, log_every=10)
+    accelerator = accelerator_on(torch.device("cuda"), "auto")
+    history = train_language_model(palm, corpus, options, 8, accelerator=accelerator, compile=compile)
+    assert accelerator.mixed_precision == "bf16" and history[-1]["held_out_loss"] < 1.0
+    assert all(p.is_cuda and p.dtype == torch.float32 for p in palm.parameters())
+    assert any("compiled the training step" in line for line in said()) is compile

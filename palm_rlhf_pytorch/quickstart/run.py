@@ -74,7 +74,8 @@ def judge(samples: Samples, reward_model: RewardModel, tokenizer: ByteTokenizer)
 def pretrain(options: QuickstartOptions, run: RunDirectory, tokenizer: ByteTokenizer, device: torch.device) -> PaLM:
     """A byte-level PaLM on the grammar's reviews."""
     texts = [review.text for review in grammar.corpus(options.corpus_size, options.seed)]
-    corpus_options = CorpusOptions(seq_len=MAX_SEQ_LEN, batch_size=20, held_out=0.02, seed=options.seed)
+    # about 32 reviews a batch: rows of 128 hold 2.4 of them with 2 % padding (rows of 96: 1.6, with 13 %)
+    corpus_options = CorpusOptions(seq_len=128, batch_size=13, held_out=0.02, seed=options.seed)
     fit_options = FitOptions(steps=options.pretrain_steps, lr=4e-3, warmup=30, eval_every=200)
     log = run.start("quickstart pretrain", False, tokenizer, corpus=corpus_options, fit=fit_options)
     corpus = build_corpus(*split_texts(texts, corpus_options.held_out, options.seed), tokenizer, corpus_options)
