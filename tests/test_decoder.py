@@ -174,6 +174,15 @@ def test_memory_and_code_are_there_for_the_next_call(make_palm, compiled):
     assert len(compiled) == count  # other sizes in between do not matter
 
 
+def test_the_memory_s_address_is_told_to_stay(make_palm, monkeypatch, compiled):
+    marked = []
+    monkeypatch.setattr(torch._dynamo, "mark_static_address", marked.append)
+    model = make_palm()
+    for _ in range(2):
+        answers(model, "compiled")
+    assert len(marked) == 1 and marked[0] is kept(model).cache.memory
+
+
 def test_what_an_earlier_call_left_is_not_seen(make_palm, compiled):
     model = make_palm()
     first = answers(model, "compiled")

@@ -398,6 +398,20 @@ def test_a_place_is_not_empty_for_long(make_palm):
     assert drawn[0][0] == [3, 6, 0, 2]  # the longest prompts first
 
 
+def test_prompts_come_when_a_quarter_of_the_batch_is_free(make_palm):
+    limits = torch.tensor([3, 4, 5, 6, 7, 8, 9, 10, 4, 4])
+    steps = generation.decode(
+        make_palm(),
+        torch.ones(10, 1, dtype=torch.long),
+        torch.ones_like(limits),
+        limits,
+        generation.Sampling(0.0),
+        max_batch=8,
+    )
+    sizes = [step.rows.numel() for step in steps]
+    assert sizes[:5] == [8, 8, 7, 8, 7]  # one place is not worth a pass of its own, two are
+
+
 def test_prompts_are_read_with_others_of_like_length(make_palm, monkeypatch):
     monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 1)
     model, seen = make_palm(), []

@@ -91,6 +91,12 @@ def test_a_merged_adapter_is_packed(make_palm, packings):
     assert_same(answers(model, "packed"), answers(model, "plain"))
 
 
+def test_a_single_row_needs_no_layout(make_palm):
+    model = make_palm()
+    one, two = (PackedStep(model, rows).to_logits for rows in (1, 2))
+    assert two.packed and not one.packed and one.weight.data_ptr() == model.to_logits.weight.data_ptr()
+
+
 @torch.no_grad()
 def test_step_by_step_and_slot_by_slot(make_palm):
     model = make_palm(kv_heads=2, qk_rmsnorm=True)
