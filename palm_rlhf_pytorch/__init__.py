@@ -7,12 +7,13 @@ from palm_rlhf_pytorch.version import __version__
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.actor_critic import ActorCritic
+    from palm_rlhf_pytorch.algorithms.score_centering import score_centering_loss
     from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
     from palm_rlhf_pytorch.palm import PaLM
     from palm_rlhf_pytorch.ppo import RLHFTrainer
     from palm_rlhf_pytorch.reward import RewardModel
 
-__all__ = ["ActorCritic", "ImplicitPRM", "PaLM", "RLHFTrainer", "RewardModel", "__version__"]
+__all__ = ["ActorCritic", "ImplicitPRM", "PaLM", "RLHFTrainer", "RewardModel", "__version__", "score_centering_loss"]
 
 # imported when asked for: `palm-rlhf --help` need not wait for torch
 HOMES = {
@@ -21,6 +22,7 @@ HOMES = {
     "PaLM": "palm",
     "RLHFTrainer": "ppo",
     "RewardModel": "reward",
+    "score_centering_loss": "algorithms.score_centering",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -11,12 +10,11 @@ import torch.nn.functional as F
 from beartype import beartype
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.actor import Actor, adapt, made_causal, trained
 from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
-from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.utils import eval_decorator
-from palm_rlhf_pytorch.vocabulary import linear_log_probs, target_log_probs
 
 
 class PPOActionCriticReturn(NamedTuple):
@@ -30,34 +28,7 @@ class PPOActionCriticReturn(NamedTuple):
     values: Tensor | None
 
 
-class PolicyOutput(NamedTuple):
-    """log_probs and entropy (b, n): [:, t] belongs to token t; 0 outside the response."""
-
-    log_probs: Tensor
-    entropy: Tensor
-
-
-def response_log_probs(
-    palm: PaLM, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0, scope: str | None = None
-) -> PolicyOutput:
-    """Log-prob of each response token of sequence (b, n), and the entropy of the distribution it came from.
-
-    Only places that predict a response token meet the vocabulary. Padding is on the right.
-    """
-    flat = linear_log_probs(*predictions(palm, sequence, response_mask, scope), palm.logit_scale, temperature or 1.0)
-    return PolicyOutput(*(scatter_to_mask(t, response_mask) for t in flat))
-
-
-def predictions(
-    palm: PaLM, sequence: Tensor, response_mask: Tensor, scope: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (m, d) of the places that predict response tokens, the vocabulary (v, d), and those tokens (m,)."""
-    embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope)
-    follows = response_mask[:, 1:]  # place t predicts token t + 1
-    return embeds[:, :-1][follows], palm.to_logits.weight, sequence[:, 1:][follows]
-
-
-class ActorCritic(nn.Module):
+class ActorCritic(Actor):
     """A policy and its value function.
 
     With LoRA on both (and no `critic` of its own) they share one frozen trunk, and the starting policy is that trunk
@@ -84,36 +55,26 @@ class ActorCritic(nn.Module):
         *,
         critic_palm: PaLM | None = None,
     ):
-        super().__init__()
         critic = moved("critic_palm", critic_palm, "critic", critic, stacklevel=4)  # one frame is beartype's
-        for role, model in (("policy", palm), ("critic", critic.model if isinstance(critic, ImplicitPRM) else critic)):
-            if model is not None and not model.causal:
-                warnings.warn(
-                    f"the {role}'s PaLM has causal=False, but a {role} may not see the future: it is made causal",
-                    stacklevel=3,
-                )
-                model.set_causal(True)
-        self.actor_palm = palm
+        made_causal(palm, "policy")
         if critic is None or critic is palm:
             share = actor_lora and critic_lora and actor_dropout == critic_dropout
             critic = palm if share else deepcopy(palm)
         elif isinstance(critic, ImplicitPRM) and (critic.model is palm or critic.ref_model is palm):
             critic = deepcopy(critic)  # it is trained as a whole, and the policy's trunk must not move with it
-        self.implicit_critic = critic if isinstance(critic, ImplicitPRM) else None
-        self.critic_palm = critic.model if self.implicit_critic is not None else critic
-        if self.critic_palm is palm and actor_lora_scope == critic_lora_scope:
+        implicit = critic if isinstance(critic, ImplicitPRM) else None
+        critic_palm = made_causal(critic if implicit is None else critic.model, "critic")
+        if critic_palm is palm and actor_lora_scope == critic_lora_scope:
             raise ValueError(f"on one trunk actor and critic need scopes of their own, both are {actor_lora_scope!r}")
-        if self.critic_palm.num_tokens < palm.num_tokens:
-            sizes = f"{self.critic_palm.num_tokens} tokens, the policy {palm.num_tokens}"
+        if critic_palm.num_tokens < palm.num_tokens:
+            sizes = f"{critic_palm.num_tokens} tokens, the policy {palm.num_tokens}"
             raise ValueError(f"the critic must know the policy's vocabulary, but it has {sizes}")
-        # full fine-tuning moves the trunk, so the starting policy needs a copy of its own
-        self._reference = [palm if actor_lora else deepcopy(palm).requires_grad_(False).eval()]
+        super().__init__(palm, actor_lora, actor_lora_r, actor_lora_scope, actor_dropout)
 
+        self.implicit_critic, self.critic_palm = implicit, critic_palm
         self.pooled_values = pooled_values
-        self.actor_lora_scope = adapt(self.actor_palm, actor_lora, actor_lora_scope, actor_lora_r)
         critic_lora = critic_lora and self.implicit_critic is None
         self.critic_lora_scope = adapt(self.critic_palm, critic_lora, critic_lora_scope, critic_lora_r)
-        self.actor_palm.set_dropout(actor_dropout)
         self.critic_palm.set_dropout(critic_dropout)
 
         self.value_dim = 1 if self.implicit_critic is not None else critic_dim_out
@@ -124,34 +85,10 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.critic_palm.token_emb.weight)  # device and dtype
 
-    @property
-    def reference_palm(self) -> PaLM:
-        """The frozen starting policy: call it without a scope."""
-        return self._reference[0]
-
-    def _apply(self, fn, *args, **kwargs):
-        self._reference[0]._apply(fn)  # not a submodule: it is neither trained nor saved with the policy
-        return super()._apply(fn, *args, **kwargs)
-
-    def actor_parameters(self) -> list[nn.Parameter]:
-        """What training the policy changes."""
-        return trained(self.actor_palm, self.actor_lora_scope)
-
     def critic_parameters(self) -> list[nn.Parameter]:
         """What training the critic changes, its head included."""
         head = [] if self.value_head is None else list(self.value_head.parameters())
         return [*trained(self.critic_palm, self.critic_lora_scope), *head]
-
-    def log_probs(self, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0) -> PolicyOutput:
-        """The policy's log-probs of the response tokens. See `response_log_probs`."""
-        return response_log_probs(self.actor_palm, sequence, response_mask, temperature, self.actor_lora_scope)
-
-    @torch.no_grad()
-    def reference_log_probs(self, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """The same (b, n) under the starting policy."""
-        palm = self.reference_palm
-        predicted = predictions(palm, sequence, response_mask)
-        return scatter_to_mask(target_log_probs(*predicted, palm.logit_scale, temperature or 1.0), response_mask)
 
     def values(self, sequence: Tensor, mask: Tensor | None = None) -> Tensor:
         """Values of the prefixes sequence[:, : t + 1] at [:, t]: (b, n), or (b, n, bins) with several outputs.
@@ -198,22 +135,6 @@ class ActorCritic(nn.Module):
         logits, values = self(out.sequence, mask=out.response_mask, return_values=return_values)
         actions = out.responses(int(kwargs["pad_value"]))
         return PPOActionCriticReturn(actions, out.sequence, out.mask, out.prompt_mask, logits, values)
-
-
-def adapt(palm: PaLM, lora: bool, scope: str, r: int) -> str | None:
-    """Ready a PaLM for training: adapters on a frozen trunk, or the whole. Returns the scope, None for the whole."""
-    if not lora:
-        palm.requires_grad_(True)
-        return None
-    for parameter in palm.palm_parameters():
-        parameter.requires_grad_(False)
-    if scope not in palm.finetune_modules:
-        palm.add_finetune_params(scope, r)
-    return scope
-
-
-def trained(palm: PaLM, scope: str | None) -> list[nn.Parameter]:
-    return palm.palm_parameters() if scope is None else palm.finetune_parameters(scope)
 
 
 def running_mean(embeds: Tensor, mask: Tensor | None) -> Tensor:

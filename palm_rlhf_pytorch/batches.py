@@ -1,13 +1,17 @@
 """Token ids to batches. Axes: b sequences, n tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from palm_rlhf_pytorch.ops import lengths_to_mask
 from palm_rlhf_pytorch.tokenizer import Tokenizer
+
+Row = tuple[list[int], int]  # ids of prompt and response, and how many are the prompt's
+Batch = tuple[Tensor, Tensor, Tensor]  # ids (b, n), mask (b, n), prompt_mask (b, n)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -15,7 +19,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode_start(prompt)]
 
 
-def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: int) -> tuple[list[int], int]:
+def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: int) -> Row:
     """The ids of bos, prompt, response and eos, at most `max_len` of them, and how many are the prompt's.
 
     Too long a prompt loses its beginning, then the response its end (and with it the eos: it did not finish).
@@ -36,6 +40,23 @@ def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tens
     ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(s) for s in sequences])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows side by side, right padded."""
+    ids, mask = pad_sequences([ids for ids, _ in rows], pad_id)
+    lengths = torch.tensor([length for _, length in rows])
+    return ids, mask, lengths_to_mask(lengths, ids.shape[1])
+
+
+def by_length(rows: Sequence[Row], batch_size: int, judge: Callable[[list[Row]], Tensor]) -> Tensor:
+    """judge(some rows) -> a number for each (b,), asked in batches of similar length -> (len(rows),) on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    found = torch.empty(len(rows))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        found[some] = judge([rows[i] for i in some]).float().cpu()
+    return found
 
 
 def pack_documents(documents: Sequence[Sequence[int]]) -> Tensor:

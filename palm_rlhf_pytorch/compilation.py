@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from palm_rlhf_pytorch.devices import on_tensors
 
 BACKEND = "inductor"
 LONG = 300.0  # seconds that a run has to go on for: compiling takes about one of five minutes
@@ -25,7 +28,7 @@ class CompiledModule:
     def __init__(self, module: nn.Module, wanted: bool | None = False, ragged: bool = False):
         self.module, self.wanted, self.looked = module, wanted, False
         self.dynamic = True if ragged else None  # for all shapes at once, or for the one there is
-        self.call: Callable[..., Tensor] = module
+        self.call: Callable[..., Any] = module
         self.new = False  # compiled, but not yet called
         if wanted:
             self._compile()
@@ -40,19 +43,21 @@ class CompiledModule:
             self._compile()
         self.looked = True
 
-    def backward(self, batch: object, backward: Callable[[Tensor], None]) -> Tensor:
-        """The loss of a batch, without its graph; its gradients, which `backward` makes, are added to the weights'."""
+    def backward(self, batch: object, backward: Callable[[Any], None]) -> Any:
+        """What the module makes of a batch (a loss, or a dict with one), without its graph; its gradients, which
+        `backward` makes, are added to the weights'.
+        """
         if not self.new:
-            loss = self.call(batch)
-            backward(loss)
-            return loss.detach()
+            made = self.call(batch)
+            backward(made)
+            return on_tensors(made, Tensor.detach)
         self.new, started = False, time.perf_counter()
         try:
-            loss = self.backward(batch, backward)
+            made = self.backward(batch, backward)
         except Exception as error:  # whatever the compiler chokes on: the plain module gives the same
             logger.warning("the step could not be compiled (%s); training goes on plainly", type(error).__name__)
             self.call = self.module
             self.module.zero_grad()
             return self.backward(batch, backward)
         logger.info("compiled the training step in %.1f s", time.perf_counter() - started)
-        return loss
+        return made

@@ -1,4 +1,4 @@
-"""Files and data sets to texts, ratings, pairs and prompts.
+"""Files and data sets to texts, ratings, demonstrations, labels, pairs and prompts.
 
 Wherever a reader takes a path it takes a plain text (.txt), JSON Lines (.jsonl, .json), CSV or TSV file in
 UTF-8, each also gzipped (.gz), or `hf:NAME[:split]`, read through `datasets`.
@@ -28,6 +28,7 @@ HF_PREFIX = "hf:"
 JSON_FORMATS = (".jsonl", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 RECORD_FORMATS = (*JSON_FORMATS, *DELIMITERS)
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 ASSISTANT_TURN = "\n\nAssistant:"  # how Anthropic's hh transcripts open a response
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -40,6 +41,19 @@ class Rating(NamedTuple):
     prompt: str
     response: str
     rating: float
+
+
+class Demonstration(NamedTuple):
+    prompt: str
+    response: str
+
+
+class Labelled(NamedTuple):
+    """A response and whether it is desirable."""
+
+    prompt: str
+    response: str
+    label: bool
 
 
 class Pair(NamedTuple):
@@ -84,14 +98,28 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def read_ratings(path: str | Path) -> list[Rating]:
     """Rated responses, from records of `prompt`, `response`, `rating`, or of `text`, `rating` (no prompt)."""
-    ratings = []
-    for where, record, columns in _columns_of(path, ("prompt", "response", "rating"), ("text", "rating")):
-        *prompt, response = (_text(record, column, where) for column in columns[:-1])
-        rating = Rating("".join(prompt), response, _number(record, "rating", where))
-        if not (rating.prompt + rating.response).strip():
-            raise DataError(f"{where}: expected text to rate, got blank text.")
-        ratings.append(rating)
-    return ratings
+    found = _responses(path, ("prompt", "response", "rating"), ("text", "rating"))
+    return [Rating(prompt, response, _number(record, "rating", where)) for where, record, prompt, response in found]
+
+
+def read_demonstrations(path: str | Path) -> list[Demonstration]:
+    """Responses to learn, from records of `prompt`, `response`."""
+    return [Demonstration(prompt, response) for _, _, prompt, response in _responses(path, ("prompt", "response"))]
+
+
+def read_labelled(path: str | Path) -> list[Labelled]:
+    """Responses that are desirable or not, from records of `prompt`, `response`, `label` (true or false, 1 or 0)."""
+    found = _responses(path, ("prompt", "response", "label"))
+    return [Labelled(prompt, response, _truth(record, "label", where)) for where, record, prompt, response in found]
+
+
+def _responses(path: str | Path, *layouts: tuple[str, ...]) -> Iterator[tuple[str, Record, str, str]]:
+    """Every record with its place in words, its prompt ("" of a `text`) and its response."""
+    for where, record, columns in _columns_of(path, *layouts):
+        *prompt, response = (_text(record, name, where) for name in columns if name in ("prompt", "response", "text"))
+        if not "".join((*prompt, response)).strip():
+            raise DataError(f"{where}: expected a response, got blank text.")
+        yield where, record, "".join(prompt), response
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -303,6 +331,13 @@ def _number(record: Record, column: str, where: str) -> float:
     if not math.isfinite(number):
         raise DataError(f"{where}: expected a finite number in `{column}`, got {value!r}.")
     return number
+
+
+def _truth(record: Record, column: str, where: str) -> bool:
+    value = TRUTHS.get(str(record[column]).strip().lower())
+    if value is None:
+        raise DataError(f"{where}: expected true or false (or 1 or 0) in `{column}`, got {record[column]!r}.")
+    return value
 
 
 def _not_empty(items: list[T], path: str | Path, what: str) -> list[T]:

@@ -54,9 +54,11 @@ def fused(optimizer_class: Any, device: torch.device) -> dict[str, bool]:
 
 
 def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A tensor, None, or a tuple of such, with its tensors changed."""
+    """A tensor, None, or a tuple or dict of such, with its tensors changed."""
     if isinstance(batch, tuple):
         return tuple(on_tensors(part, change) for part in batch)
+    if isinstance(batch, dict):
+        return {name: on_tensors(part, change) for name, part in batch.items()}
     return batch if batch is None else change(batch)
 
 

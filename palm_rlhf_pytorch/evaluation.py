@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import generation
-from palm_rlhf_pytorch.actor_critic import response_log_probs
+from palm_rlhf_pytorch.actor import response_log_probs
 from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
 from palm_rlhf_pytorch.palm import PaLM, seeded
 from palm_rlhf_pytorch.tokenizer import Tokenizer

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf_pytorch.ops import groups_of_like_length
+
+EXTRA = "extra/"
 
 
 @dataclass
@@ -28,25 +30,40 @@ class Experience:
     finished: Tensor  # (b,) bool, the response ended with EOS
     group_ids: Tensor  # (b,) samples of one prompt share one
     ref_log_probs: Tensor | None = None  # (b, n) of the frozen starting policy
+    token_rewards: Tensor | None = None  # (b, n) what a process reward gave each token
     values: Tensor | None = None  # (b, n) of the prefix before token t
     advantages: Tensor | None = None  # (b, n)
     returns: Tensor | None = None  # (b, n)
+    loss_shares: Tensor | None = None  # (b, n) what each token counts for in its minibatch's loss
+    extra: dict[str, Tensor] = field(default_factory=dict)  # an algorithm's own: (b,), (b, 1, ...) or (b, n, ...)
 
     def __len__(self) -> int:
         return self.sequence.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """All there are by name, those of `extra` with its name before theirs."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        values.update({EXTRA + name: t for name, t in self.extra.items()})
         return {name: t for name, t in values.items() if t is not None}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Experience:
+        """The inverse of `tensors`."""
+        own = {name: t for name, t in tensors.items() if not name.startswith(EXTRA)}
+        extra = {name.removeprefix(EXTRA): t for name, t in tensors.items() if name.startswith(EXTRA)}
+        return cls(**own, extra=extra)
+
+    def with_extra(self, **tensors: Tensor) -> Experience:
+        return replace(self, extra={**self.extra, **tensors})
 
     def __getitem__(self, rows: Tensor | slice) -> Experience:
         """The record of some rows, cut to the longest of them."""
         part = {name: t[rows] for name, t in self.tensors().items()}
         longest = int((part["prompt_mask"] | part["response_mask"]).sum(dim=-1).amax())
-        return replace(self, **{name: t[:, :longest] if t.ndim == 2 else t for name, t in part.items()})
+        return self.of({name: t[:, :longest] if t.ndim > 1 else t for name, t in part.items()})  # a 1 stays a 1
 
     def to(self, device: torch.device | str) -> Experience:
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        return self.of({name: t.to(device) for name, t in self.tensors().items()})
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +80,11 @@ class Experience:
         return self.response_mask.sum(dim=-1)
 
     @property
+    def total_scores(self) -> Tensor:
+        """Scores with what a process reward gave the tokens (b,)."""
+        return self.scores if self.token_rewards is None else self.scores + self.token_rewards.sum(dim=-1)
+
+    @property
     def kl(self) -> Tensor | None:
         """The k1 estimate of KL(policy || start) by sequence (b,): the sum of log p - log p_ref over its tokens."""
         return None if self.ref_log_probs is None else (self.log_probs - self.ref_log_probs).sum(dim=-1)
@@ -75,7 +97,19 @@ class Experience:
         done = [compute(self[rows]).tensors() for rows in groups]
         back = torch.cat(groups).argsort()
         n = self.sequence.shape[1]
-        return replace(self, **{name: torch.cat([padded(c[name], n) for c in done])[back] for name in done[0]})
+        return self.of({name: torch.cat([padded(c[name], n) for c in done])[back] for name in done[0]})
+
+    def parts(self, max_tokens: int | None = None, whole_groups: bool = False) -> list[Tensor]:
+        """Row numbers of parts of like length, at most max_tokens positions each (a single row, or group, may have
+        more). `whole_groups` keeps the samples of a prompt together.
+        """
+        lengths = self.mask.sum(dim=-1)
+        if not whole_groups:
+            return groups_of_like_length(lengths, max_tokens)
+        _, group_of, counts = self.group_ids.unique(return_inverse=True, return_counts=True)
+        longest = torch.zeros_like(counts).scatter_reduce(0, group_of, lengths, "amax")
+        least = None if max_tokens is None else max_tokens // int(counts.max())
+        return [torch.isin(group_of, some).nonzero().squeeze(-1) for some in groups_of_like_length(longest, least)]
 
     @classmethod
     def cat(cls, parts: Sequence[Experience]) -> Experience:
@@ -87,9 +121,9 @@ class Experience:
             c["group_ids"] = c["group_ids"] - c["group_ids"].min() + taken
             taken = int(c["group_ids"].max()) + 1
 
-        return cls(**{name: torch.cat([padded(c[name], n) for c in columns]) for name in columns[0]})
+        return cls.of({name: torch.cat([padded(c[name], n) for c in columns]) for name in columns[0]})
 
 
 def padded(t: Tensor, n: int) -> Tensor:
-    """(b, m) -> (b, n), zeros behind; (b,) stays."""
-    return F.pad(t, (0, n - t.shape[1])) if t.ndim == 2 else t
+    """(b, m, ...) -> (b, n, ...), zeros behind; (b,) and (b, 1, ...) stay."""
+    return t if t.ndim == 1 or t.shape[1] == 1 else F.pad(t, (*(0, 0) * (t.ndim - 2), 0, n - t.shape[1]))

@@ -34,9 +34,45 @@ def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 
 
+def token_shares(mask: Tensor, normalization: str | int = "token") -> Tensor:
+    """What each True place of mask (b, n) counts for in a batch's loss -> (b, n) float32, 0 elsewhere.
+
+    'token': all tokens the same. 'sequence': all sequences the same, and in each its tokens. A number L: each 1 / (b L)
+    (Dr. GRPO's constant, 2503.20783).
+    """
+    shares = mask.float()
+    if normalization == "token":
+        return shares / shares.sum().clamp(min=1)
+    if normalization == "sequence":
+        return shares / (shares.sum(dim=-1, keepdim=True).clamp(min=1) * len(mask))
+    return shares / (len(mask) * normalization)
+
+
+def to_groups(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Values (b,) of samples -> (groups, g), a row for each id in group_ids (b,)."""
+    order, g = _by_group(group_ids)
+    return values[order].reshape(-1, g)
+
+
+def from_groups(values: Tensor, group_ids: Tensor) -> Tensor:
+    """The inverse of `to_groups`: (groups, g) -> (b,) in the order of group_ids."""
+    order, _ = _by_group(group_ids)
+    return values.flatten()[order.argsort()]
+
+
+def _by_group(group_ids: Tensor) -> tuple[Tensor, int]:
+    """Row numbers sorted by group, and how many rows each has."""
+    _, counts = group_ids.unique(return_counts=True)
+    sizes = counts.unique()
+    if len(sizes) > 1:
+        raise ValueError(f"every prompt needs as many samples as the others, got {sizes.tolist()}: do not split groups")
+    return group_ids.argsort(stable=True), int(sizes)
+
+
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """Values (m,) laid back at the m True places of `mask` (b, n), 0 elsewhere -> (b, n)."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    """Values (m, ...) laid back at the m True places of `mask` (b, n), 0 elsewhere -> (b, n, ...)."""
+    zeros = torch.zeros(*mask.shape, *values.shape[1:], dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask.reshape(*mask.shape, *(1,) * (values.ndim - 1)), values)
 
 
 def has_token_after_padding(mask: Tensor) -> bool:

@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.batches import bucketed_rows, encode_response, pad_sequences
+from palm_rlhf_pytorch.batches import Batch, Row, bucketed_rows, by_length, collate, encode_response
 from palm_rlhf_pytorch.data import Pair, Rating, bin_ratings, quantile_edges, rounding_edges
 from palm_rlhf_pytorch.flags import option
-from palm_rlhf_pytorch.ops import lengths_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.reward import RewardModel
 from palm_rlhf_pytorch.supervised import FitOptions, fit
 from palm_rlhf_pytorch.tokenizer import Tokenizer
-
-Batch = tuple[Tensor, Tensor, Tensor]  # ids (b, n), mask (b, n), prompt_mask (b, n)
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,12 @@ class Scale:
         return bin_ratings(ratings, self.edges)
 
 
-def encode_ratings(ratings: Sequence[Rating], tokenizer: Tokenizer, max_len: int) -> list[tuple[list[int], int]]:
+def encode_ratings(ratings: Sequence[Rating], tokenizer: Tokenizer, max_len: int) -> list[Row]:
     """Ids and prompt length of each rated response."""
     return [encode_response(tokenizer, r.prompt, r.response, max_len) for r in ratings]
 
 
-def collate(rows: Sequence[tuple[list[int], int]], pad_id: int) -> Batch:
-    ids, mask = pad_sequences([ids for ids, _ in rows], pad_id)
-    lengths = torch.tensor([length for _, length in rows])
-    return ids, mask, lengths_to_mask(lengths, ids.shape[1])
-
-
-def drop_tokens(row: tuple[list[int], int], share: float, generator: torch.Generator) -> tuple[list[int], int]:
+def drop_tokens(row: Row, share: float, generator: torch.Generator) -> Row:
     """A row without a random share of its tokens; the first (bos) and the last (eos) stay. Word dropout keeps a model
     from leaning on single words (Iyyer et al., ACL 2015, section 3.1).
     """
@@ -100,15 +91,14 @@ def pair_loss(model: RewardModel, batch: tuple[Batch, Batch, Tensor]) -> Tensor:
     return model.pair_loss(*sides, margin)
 
 
-def score_all(model: RewardModel, rows: Sequence[tuple[list[int], int]], pad_id: int, batch_size: int = 64) -> Tensor:
+def score_all(model: RewardModel, rows: Sequence[Row], pad_id: int, batch_size: int = 64) -> Tensor:
     """`RewardModel.score` of encoded responses, in batches of similar length -> (len(rows),) on the CPU."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    scores = torch.empty(len(rows))
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        ids, mask, prompt_mask = (t.to(model.palm.device) for t in collate([rows[i] for i in some], pad_id))
-        scores[some] = model.score(ids, prompt_mask, mask).cpu()
-    return scores
+
+    def score(some: list[Row]) -> Tensor:
+        ids, mask, prompt_mask = (t.to(model.palm.device) for t in collate(some, pad_id))
+        return model.score(ids, prompt_mask, mask)
+
+    return by_length(rows, batch_size, score)
 
 
 def ranks(values: Tensor) -> Tensor:

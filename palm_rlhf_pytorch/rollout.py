@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import generation
-from palm_rlhf_pytorch.actor_critic import ActorCritic
+from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.ops import groups_of_like_length
 from palm_rlhf_pytorch.reward import RewardModel
@@ -103,7 +103,7 @@ class Scorer:
 
 @torch.no_grad()
 def roll_out(
-    actor_critic: ActorCritic,
+    actor_critic: Actor,
     scorer: Scorer,
     prompts: Tensor,
     lengths: Tensor,

@@ -48,6 +48,10 @@ class RunDirectory:
     def state(self) -> Path:
         return self / "state.pt"
 
+    @property
+    def reference(self) -> Path:
+        return self / "reference.safetensors"
+
     def claim(self, resume: bool) -> None:
         """Refuse a directory that another run is in, before any work is done. Gone on with it is only on request."""
         if resume:

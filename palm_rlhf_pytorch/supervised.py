@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.compilation import CompiledModule
-from palm_rlhf_pytorch.devices import fused, ready_for, to_device
+from palm_rlhf_pytorch.devices import fused, on_tensors, ready_for, to_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
@@ -27,6 +27,10 @@ from palm_rlhf_pytorch.prefetch import prefetched
 from palm_rlhf_pytorch.state import load_state, random_state, save_state, set_random_state
 
 KIND = "supervised"
+ON_BAR = 6  # numbers beside the progress bar, at most
+
+Numbers = dict[str, Tensor]
+Loss = Tensor | tuple[Tensor, Numbers]  # alone, or with numbers to log
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class FitOptions:
 class LossModule(nn.Module):
     """A model and what makes a loss of its batches, behind one forward for accelerate to wrap."""
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[Any, Any], Tensor]):
+    def __init__(self, model: nn.Module, loss_of: Callable[[Any, Any], Loss]):
         super().__init__()
         self.model, self.loss_of = model, loss_of
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss_of(self.model, batch)
+    def forward(self, batch: Any) -> Numbers:
+        loss = self.loss_of(self.model, batch)
+        loss, numbers = loss if isinstance(loss, tuple) else (loss, {})
+        return {"loss": loss, **numbers}
 
 
 def learning_rate(step: int, options: FitOptions) -> float:
@@ -72,19 +78,20 @@ def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[
 
 
 class Meter:
-    """Losses and pace since the last line of metrics; evaluation does not count as time."""
+    """Losses, numbers and pace since the last line of metrics; evaluation does not count as time."""
 
-    def __init__(self, step: int, losses: list[Tensor]):
-        self.since, self.losses, self.clock = step, losses, time.perf_counter()
+    def __init__(self, step: int, numbers: list[Numbers]):
+        self.since, self.numbers, self.clock = step, numbers, time.perf_counter()
 
     def line(self, step: int) -> dict[str, float]:
-        """What to log after `step` steps; counting starts again."""
-        loss = fmean(map(float, self.losses))
+        """What to log after `step` steps; counting starts again. A number that some steps do not have is NaN there."""
+        columns = {name: torch.stack([row[name] for row in self.numbers]) for name in self.numbers[0]}
+        loss = float(columns.pop("loss").cpu().double().mean())
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {step}: a lower learning rate may help")
         now = time.perf_counter()
-        row = {"loss": loss, "steps_per_second": (step - self.since) / (now - self.clock)}
-        self.since, self.losses, self.clock = step, [], now
+        row = {"loss": loss, **finite_means(columns), "steps_per_second": (step - self.since) / (now - self.clock)}
+        self.since, self.numbers, self.clock = step, [], now
         return row
 
     @contextmanager
@@ -94,9 +101,15 @@ class Meter:
         self.clock += time.perf_counter() - started
 
 
+def finite_means(columns: Numbers) -> dict[str, float]:
+    """The mean of each (m,) or () but its NaNs; what is NaN altogether is left out."""
+    means = {name: float(values.cpu().double().nanmean()) for name, values in columns.items()}
+    return {name: mean for name, mean in means.items() if not math.isnan(mean)}
+
+
 def fit(
     model: nn.Module,
-    loss_of: Callable[[Any, Any], Tensor],
+    loss_of: Callable[[Any, Any], Loss],
     batches: Iterator[Any],
     options: FitOptions,
     *,
@@ -115,8 +128,8 @@ def fit(
     batches must come in the same order when made again: a resumed run passes over those already seen and takes the
     same next step. They are made ahead by a thread, so they may draw from generators of their own only. Batches are
     tensors, or tuples of them, and are moved to the accelerator's device. compile, ragged: see `CompiledModule`. Ctrl-C
-    lets the step under way end and writes the checkpoint. Losses in the history are means over the steps since the
-    last line.
+    lets the step under way end and writes the checkpoint. Losses in the history, and numbers that come with them, are
+    means over the steps since the last line.
     """
     accelerator = accelerator or Accelerator()
     log = log or MetricsLog()
@@ -125,11 +138,11 @@ def fit(
     module, optimizer = accelerator.prepare(
         module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95), **fused(AdamW, accelerator.device))
     )
-    start, losses = 0, []
+    start, numbers = 0, []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
-        start, losses = _restore(checkpoint, model, optimizer, log)
+        start, numbers = _restore(checkpoint, model, optimizer, log)
 
-    module, meter, shown = CompiledModule(module, compile, ragged), Meter(start, losses), {}
+    module, meter, shown = CompiledModule(module, compile, ragged), Meter(start, numbers), {}
     quiet = not accelerator.is_local_main_process
     bar = tqdm(total=options.steps, initial=start, desc=description, unit="step", disable=quiet)
     to_come = islice(batches, start, options.steps) if start < options.steps else ()
@@ -138,7 +151,7 @@ def fit(
         for step in range(start, options.steps):
             batch = to_device(next(made), accelerator.device)
             rate = learning_rate(step, options)
-            meter.losses.append(_take_step(module, batch, optimizer, accelerator, rate, options.max_norm))
+            meter.numbers.append(_take_step(module, batch, optimizer, accelerator, rate, options.max_norm))
 
             done, row = step + 1, {}
             last = done == options.steps
@@ -152,10 +165,10 @@ def fit(
             if row:
                 log.append({"step": done, **row})
                 shown.update({k: f"{v:.3g}" for k, v in row.items() if k not in ("lr", "steps_per_second")})
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(dict(islice(shown.items(), ON_BAR)), refresh=False)
             bar.update()
             if checkpoint is not None and (interrupts.asked or done % options.save_every == 0 or last):
-                _save(checkpoint, done, meter.losses, model, optimizer, log)
+                _save(checkpoint, done, meter.numbers, model, optimizer, log)
             if interrupts.asked:
                 kept = "" if checkpoint is None else f"; {str(checkpoint)!r} holds it, --resume goes on from there"
                 raise KeyboardInterrupt(f"stopped after step {done}{kept}")
@@ -165,23 +178,25 @@ def fit(
 
 def _take_step(
     compiled: CompiledModule, batch: Any, optimizer: Any, accelerator: Accelerator, rate: float, max_norm: float
-) -> Tensor:
-    """One optimiser step; the loss, without its graph."""
+) -> Numbers:
+    """One optimiser step; the loss and its numbers, without their graph."""
     compiled.module.train()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = compiled.backward(batch, accelerator.backward)
+    numbers = compiled.backward(batch, lambda made: accelerator.backward(made["loss"]))
     accelerator.clip_grad_norm_(compiled.module.parameters(), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss
+    return numbers
 
 
-def _save(path: str | Path, step: int, losses: list[Tensor], model: nn.Module, optimizer: Any, log: MetricsLog) -> None:
+def _save(
+    path: str | Path, step: int, numbers: list[Numbers], model: nn.Module, optimizer: Any, log: MetricsLog
+) -> None:
     state = {
         "kind": KIND,
         "step": step,
-        "losses": [t.cpu() for t in losses],
+        "numbers": [on_tensors(row, Tensor.cpu) for row in numbers],
         "weights": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": random_state(),
@@ -190,8 +205,8 @@ def _save(path: str | Path, step: int, losses: list[Tensor], model: nn.Module, o
     save_state(path, state)
 
 
-def _restore(path: str | Path, model: nn.Module, optimizer: Any, log: MetricsLog) -> tuple[int, list[Tensor]]:
-    """-> steps done, and losses not yet logged."""
+def _restore(path: str | Path, model: nn.Module, optimizer: Any, log: MetricsLog) -> tuple[int, list[Numbers]]:
+    """-> steps done, and numbers not yet logged."""
     state = load_state(path, KIND)
     try:
         model.load_state_dict(state["weights"])
@@ -202,4 +217,4 @@ def _restore(path: str | Path, model: nn.Module, optimizer: Any, log: MetricsLog
         ) from None
     set_random_state(state["random"])
     log.restore(state["history"])
-    return state["step"], state["losses"]
+    return state["step"], state.get("numbers", [])  # earlier versions kept losses alone

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,43 +20,18 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from palm_rlhf_pytorch import generation, resuming
-from palm_rlhf_pytorch.actor_critic import ActorCritic, PolicyOutput
+from palm_rlhf_pytorch.actor import Actor
+from palm_rlhf_pytorch.algorithm import Algorithm
 from palm_rlhf_pytorch.devices import fused
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
-from palm_rlhf_pytorch.ops import groups_of_like_length
+from palm_rlhf_pytorch.ops import masked_mean, token_shares
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
 from palm_rlhf_pytorch.state import fingerprint, load_state, save_state
 
 Metrics = dict[str, float]
-
-
-class Algorithm(Protocol):
-    """What one algorithm says and the loop does not. A plain `nn.Module`, so that its own parts are saved with it."""
-
-    samples_per_prompt: int
-    needs_reference: bool  # whether log-probs of the starting policy are wanted (True where this is missing)
-
-    def judge(self, actor_critic: ActorCritic, experience: Experience) -> Experience:
-        """Add what must be known before learning starts (values, say), without gradient; called on small batches."""
-
-    def target(self, experience: Experience) -> Experience:
-        """Add advantages and the like, computed once over the whole of what was rolled out."""
-
-    def loss(
-        self, actor_critic: ActorCritic, policy: PolicyOutput, experience: Experience
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a minibatch, a mean over its response tokens, and detached numbers about it."""
-
-    def critic_loss(self, actor_critic: ActorCritic, experience: Experience) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same of what does not need the policy; may be missing. Learned from on its own, so that the policy's
-        and the critic's activations are never in memory together.
-        """
-
-    def parameter_groups(self, actor_critic: ActorCritic) -> list[dict[str, Any]]:
-        """What is trained, as an optimiser's parameter groups."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +58,35 @@ class LearnOptions:
 class Learner(nn.Module):
     """Policy and algorithm behind one forward: what accelerate wraps, so that gradients synchronise."""
 
-    def __init__(self, actor_critic: ActorCritic, algorithm: nn.Module):
+    def __init__(self, actor_critic: Actor, algorithm: Algorithm):
         super().__init__()
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The losses that add up to the whole."""
-        return ("policy", "critic") if hasattr(self.algorithm, "critic_loss") else ("policy",)
+        return ("policy",) if self.algorithm.critic_loss is None else ("policy", "critic")
 
     def forward(self, experience: Experience, temperature: float, *parts: str) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, numbers = [], {}
+        """-> what these rows add to their minibatch's loss, and means of numbers over their response tokens."""
+        mask, shares = experience.response_mask, experience.loss_shares
+        if shares is None:
+            shares = token_shares(mask, self.algorithm.normalization)
+        total, numbers = 0.0, {}
         for part in parts or self.parts:
             if part == "policy":
-                policy = self.actor_critic.log_probs(experience.sequence, experience.response_mask, temperature)
-                loss, found = self.algorithm.loss(self.actor_critic, policy, experience)
+                policy = self.actor_critic.log_probs(experience.sequence, mask, temperature)
+                losses, found = self.algorithm.loss(policy, experience)
             else:
-                loss, found = self.algorithm.critic_loss(self.actor_critic, experience)
-            losses.append(loss)
-            numbers.update(found)
-        return sum(losses), numbers
+                losses, found = self.algorithm.critic_loss(self.actor_critic, experience)
+            total = total + (by_token(losses) * shares).sum()
+            numbers.update({name: masked_mean(by_token(t.detach()) * mask, mask, None) for name, t in found.items()})
+        return total, numbers
+
+
+def by_token(t: Tensor) -> Tensor:
+    """(b,) -> (b, 1), what is one for all tokens of a sequence; (b, n) stays."""
+    return t if t.ndim == 2 else t[:, None]
 
 
 class OnPolicyTrainer:
@@ -114,8 +98,8 @@ class OnPolicyTrainer:
 
     def __init__(
         self,
-        actor_critic: ActorCritic,
-        algorithm: nn.Module,
+        actor_critic: Actor,
+        algorithm: Algorithm,
         reward: Reward,
         prompts: Prompts,
         *,
@@ -250,24 +234,45 @@ class OnPolicyTrainer:
         }
 
     def roll_out(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
-        """Answers to the next `count` prompts (this process's share of them), scored and judged."""
+        """Answers to the next `count` prompts (this process's share of them), scored and judged. Where the algorithm
+        keeps only some, others are drawn in the place of those left out, up to its `sampling_rounds`.
+        """
         options = replace(
             options,
             max_batch=max_batch_size * self.algorithm.samples_per_prompt,
             rows_at_once=self.options.micro_batch_size or self.options.minibatch_size,
-            reference=getattr(self.algorithm, "needs_reference", True),
+            reference=self.algorithm.needs_reference,
         )
         processes = self.accelerate.num_processes
         if count < processes:
             raise ValueError(f"update_timesteps={count} leaves some of {processes} processes without a prompt")
-        rows = self.prompts.draw(count // processes * processes, self.order)  # equal shares: gradients wait for all
-        rows = rows[self.accelerate.process_index :: processes]
+        wanted = count // processes  # equal shares: gradients wait for all
+        experience = self._roll_out(wanted, options, bar)
+        for _ in range(self.algorithm.sampling_rounds - 1):
+            keep = self.algorithm.keep(experience)
+            enough = keep is None or int(keep.sum()) >= wanted * self.algorithm.samples_per_prompt
+            # every process draws as often, so that the order of prompts stays the same in all
+            if self._over_all(float(enough)) == 1.0:
+                break
+            experience = Experience.cat([experience, self._roll_out(wanted, options)])
+        return self._scaled(self._chosen(experience, wanted * self.algorithm.samples_per_prompt))
+
+    def _chosen(self, experience: Experience, count: int) -> Experience:
+        """`count` rows, those that the algorithm keeps before others."""
+        keep = self.algorithm.keep(experience)
+        if keep is None:
+            return experience
+        return experience[(~keep).int().argsort(stable=True)[:count].sort().values]
+
+    def _roll_out(self, count: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
+        """Answers to `count` prompts in each process."""
+        processes, samples = self.accelerate.num_processes, self.algorithm.samples_per_prompt
+        rows = self.prompts.draw(count * processes, self.order)[self.accelerate.process_index :: processes]
         ids, lengths = self.prompts.rows(rows)
-        samples = self.algorithm.samples_per_prompt
         ids, lengths = generation.repeat_prompts(ids.to(self.device), lengths.to(self.device), samples)
         groups = torch.arange(len(rows), device=self.device).repeat_interleave(samples)
         with torch.no_grad(), self.accelerate.autocast():  # in the precision that learning computes in
-            experience = roll_out(
+            return roll_out(
                 self.actor_critic,
                 self.scorer,
                 ids,
@@ -275,10 +280,9 @@ class OnPolicyTrainer:
                 groups,
                 options,
                 self.generator,
-                partial(self.algorithm.judge, self.actor_critic),
+                partial(self.algorithm.judge, self.actor_critic, temperature=options.temperature),
                 None if bar is None else lambda ended: bar.update(ended * processes / samples),
             )
-        return self._scaled(experience)
 
     def _scaled(self, experience: Experience) -> Experience:
         if self.options.normalize_reward:
@@ -322,18 +326,18 @@ class OnPolicyTrainer:
         micro = self.options.micro_batch_size
         longest = None if micro is None else micro * batch.sequence.shape[1]
         tokens = batch.lengths.sum()
+        batch = replace(batch, loss_shares=self._shares(batch.response_mask))
         totals: dict[str, Tensor] = {}
-        *before, last = groups_of_like_length(batch.mask.sum(dim=-1), longest)
+        *before, last = batch.parts(longest, self.algorithm.whole_groups)
         for rows in (*before, last):
             part = batch[rows]
-            share = part.lengths.sum() / tokens  # means over tokens add up to the minibatch's mean
             # processes may have different numbers of parts: gradients are put together with the last
             with nullcontext() if rows is last else self.accelerate.no_sync(self.learner):
                 for terms in self._terms():
                     loss, numbers = self.learner(part, temperature, *terms)
-                    self.accelerate.backward(loss * share)
+                    self.accelerate.backward(loss)
                     for name, value in numbers.items():
-                        totals[name] = totals.get(name, 0.0) + value.detach() * share
+                        totals[name] = totals.get(name, 0.0) + value * (part.lengths.sum() / tokens)
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
         for group in self.optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
@@ -341,6 +345,16 @@ class OnPolicyTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {name: float(value) for name, value in totals.items()}
+
+    def _shares(self, mask: Tensor) -> Tensor:
+        """What each token counts for. Gradients are averaged over processes: where tokens are to count the same, those
+        of a process with more of them count for more.
+        """
+        shares = token_shares(mask, self.algorithm.normalization)
+        if self.algorithm.normalization == "token" and self.accelerate.num_processes > 1:
+            own = float(mask.sum())
+            shares = shares * own / self._over_all(own)
+        return shares
 
     def _terms(self) -> list[tuple[str, ...]]:
         """The losses to go backward from one by one; several processes need every gradient in one pass."""

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from tiny import EOS, LENGTHS, PROMPTS, TOKENS, TRAIN, made_up, shake, tiny_actor_critic, tiny_palm, tiny_trainer
 
 from palm_rlhf_pytorch import ActorCritic, ImplicitPRM
-from palm_rlhf_pytorch.actor_critic import response_log_probs, running_mean
+from palm_rlhf_pytorch.actor import response_log_probs
+from palm_rlhf_pytorch.actor_critic import running_mean
 
 
 def count(parameters):
@@ -145,7 +146,7 @@ def test_implicit_critic_adds_up_its_rewards():
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probs_and_entropy_by_hand(temperature):
     actor_critic, e = tiny_actor_critic(), made_up()
-    log_probs, entropy = actor_critic.log_probs(e.sequence, e.response_mask, temperature)
+    log_probs, entropy, _ = actor_critic.log_probs(e.sequence, e.response_mask, temperature)
     logits, _ = actor_critic(e.sequence, return_values=False)
     expected = (logits / temperature).log_softmax(dim=-1)
     for i, t in e.response_mask.nonzero().tolist():

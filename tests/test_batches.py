@@ -6,6 +6,7 @@ import torch
 from palm_rlhf_pytorch.batches import (
     best_fit,
     bucketed_rows,
+    by_length,
     encode_prompt,
     encode_response,
     next_token_batches,
@@ -244,3 +245,15 @@ def test_bucketed_rows_refuse_at_the_call():
     for sizes in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             bucketed_rows(LENGTHS, sizes[0], seeded(), sizes[1])
+
+
+def test_rows_are_judged_by_length_and_answered_in_order():
+    rows = [([1] * length, 1) for length in (5, 2, 9, 3, 7)]
+    asked = []
+
+    def judge(some):
+        asked.append([len(ids) for ids, _ in some])
+        return torch.tensor([len(ids) for ids, _ in some])
+
+    assert by_length(rows, 2, judge).tolist() == [5.0, 2.0, 9.0, 3.0, 7.0]
+    assert asked == [[2, 3], [5, 7], [9]]

@@ -23,9 +23,10 @@ from tiny import (
 )
 
 from palm_rlhf_pytorch import ActorCritic, ImplicitPRM, RewardModel
+from palm_rlhf_pytorch.algorithms.policy_gradient import clipped
+from palm_rlhf_pytorch.algorithms.ppo import generalized_advantages, token_rewards
 from palm_rlhf_pytorch.generation import Generation
 from palm_rlhf_pytorch.ops import whiten
-from palm_rlhf_pytorch.ppo import clipped_policy_loss, generalized_advantages, token_rewards
 from palm_rlhf_pytorch.reward import bradley_terry_loss
 from palm_rlhf_pytorch.rollout import RolloutOptions, Scorer
 from palm_rlhf_pytorch.trainer import Learner
@@ -177,7 +178,7 @@ def test_10_clip_stops_only_what_went_too_far():
     """The gradient is 0 where A > 0 and rho > 1 + eps or A < 0 and rho < 1 - eps, and nowhere else."""
     log_ratio = torch.tensor([1.3, 0.7, 1.3, 0.7, 1.1, 0.9]).log().requires_grad_()
     advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])
-    loss = clipped_policy_loss(log_ratio, advantages, 0.2)
+    loss = clipped(log_ratio.exp(), advantages, 0.2, 0.2)
     torch.testing.assert_close(loss, torch.tensor([-1.2, 0.8, 1.3, -0.7, -1.1, 0.9]))
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, 1.3, -0.7, -1.1, 0.9]))  # - A rho

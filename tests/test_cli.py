@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from palm_rlhf_pytorch import cli, compilation, supervised
+from palm_rlhf_pytorch import cli, compilation, preference, supervised
 from palm_rlhf_pytorch.checkpoint import read_weights
 from palm_rlhf_pytorch.cli import common, generate, main
+from palm_rlhf_pytorch.cli import rejection as cli_rejection
 from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.metrics import read_metrics
 from palm_rlhf_pytorch.ppo import RLHFTrainer
@@ -26,6 +27,8 @@ needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reaso
 MODEL = "--dim 16 --depth 1 --heads 2 --dim-head 8 --ff-dropout 0.2"
 PRETRAIN = f"{MODEL} --seq-len 24 --batch-size 4 --steps 6 --log-every 4 --eval-every 3 --save-every 4"
 REWARD = "--steps 4 --batch-size 4 --max-len 48 --log-every 2 --save-every 2 --lora-r 2"
+TUNE = "--steps 4 --batch-size 4 --max-len 48 --log-every 2 --eval-every 2 --save-every 2 --lora-r 2 --dropout 0.1"
+REJECTION = "--samples 3 --rollout-batch 5 --max-seq-len 24 --held-out 0.4"
 PPO = "--updates 3 --rollouts 4 --rollout-batch 4 --max-seq-len 24 --minibatch-size 2 --lora-r 2 --save-every 2"
 TEXTS = [f"the {noun} was {word}." for noun in ("soup", "film", "cake") for word in ("good", "bad", "fine", "grand")]
 
@@ -46,11 +49,14 @@ def files(tmp_path_factory):
     )
     pairs = [{"prompt": t[:8], "chosen": t[8:], "rejected": " bad"} for t in TEXTS if not t.endswith(" bad.")]
     (where / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    responses = [{"prompt": t[:8], "response": t[8:], "label": "good" in t or "grand" in t} for t in TEXTS]
+    (where / "responses.jsonl").write_text("".join(json.dumps(response) + "\n" for response in responses))
     (where / "prompts.txt").write_text("the soup\nthe film was\nthe\n")
     (where / "long.txt").write_text("the soup\n" + "very " * 30 + "\n")
     paths = dict(
         text=where / "text.txt", rated=where / "rated.tsv", pairs=where / "pairs.jsonl", prompts=where / "prompts.txt",
-        long=where / "long.txt", model=where / "pretrain", reward=where / "reward", nowhere=where / "nowhere",
+        long=where / "long.txt", responses=where / "responses.jsonl",
+        model=where / "pretrain", reward=where / "reward", nowhere=where / "nowhere",
     )  # fmt: skip
     assert run("pretrain --data {text} --lines --out {model} " + PRETRAIN, **paths) == 0
     assert run("reward --data {rated} --model {model} --out {reward} --prompt-words 2 " + REWARD, **paths) == 0
@@ -298,6 +304,78 @@ def test_a_resumed_reward_equals_an_uninterrupted_one(files, tmp_path, monkeypat
     assert numbers(out / "metrics.jsonl") == numbers(files["reward"] / "metrics.jsonl")
 
 
+# sft, dpo, kto, rejection
+
+TUNED = {
+    "sft": "sft --data {responses}",
+    "dpo": "dpo --data {pairs}",
+    "kto": "kto --data {responses}",
+    "rejection": "rejection --prompts {prompts} --reward {reward} " + REJECTION,
+}
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("sft", ""),
+        ("sft", "--no-lora --held-out 0"),
+        ("dpo", ""),
+        ("dpo", "--no-lora --label-smoothing 0.1 --length-normalised"),
+        ("dpo", "--loss simpo --gamma 0.5 --beta 1"),
+        ("kto", "--desirable-weight 1.5"),
+        ("rejection", ""),
+    ],
+)
+def test_a_resumed_tuning_equals_an_uninterrupted_one(files, tmp_path, monkeypatch, capsys, name, flags):
+    command = f"{TUNED[name]} --model {{model}} --out {{out}} {TUNE} {flags}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(command, **files, out=whole) == 0
+    assert ("held_out_loss: " in capsys.readouterr().out) is ("--held-out 0" not in flags)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert run(command, **files, out=parts) == 130
+    assert "stopped after step 3; " in capsys.readouterr().err and "model.safetensors" not in names_in(parts)
+    there = {"reference.safetensors", "best.jsonl"} & set(names_in(parts))
+    kept = {file: (parts / file).read_bytes() for file in there}
+    torch.manual_seed(9)
+    with monkeypatch.context() as patch:  # neither is the reference asked again, nor anything sampled
+        patch.setattr(preference, "save_weights", None)
+        patch.setattr(cli_rejection, "best_of_n", None)
+        assert run(name + " --resume --out {out}", out=parts) == 0
+    assert kept == {file: (parts / file).read_bytes() for file in there}
+    assert ("reference.safetensors" in kept) is (name in ("dpo", "kto") and "simpo" not in flags)
+    assert_same_weights(whole / "model.safetensors", parts / "model.safetensors")
+    assert numbers(whole / "metrics.jsonl") == numbers(parts / "metrics.jsonl")
+    # it moved, and is a model like any other, without adapters
+    start, end = weights(files["model"] / "model.safetensors"), weights(whole / "model.safetensors")
+    assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
+    assert run("generate --model {out} --prompt the --max-new-tokens 3", out=whole) == 0
+
+
+def test_rejection_writes_the_best_answers(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(TUNED["rejection"] + " --model {model} --out {out} " + TUNE, **files, out=out) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"best of 3: mean score .* at most 0\.43 nats of KL", said)  # ln 3 - 2 / 3
+    rows = [json.loads(line) for line in (out / "best.jsonl").read_text().split("\n")[:-1]]
+    assert [row["prompt"] for row in rows] == ["the soup", "the film was", "the"]
+    assert all(row["score"] >= row["mean_score"] for row in rows)
+    reward = text_reward([str(files["reward"])], torch.device("cpu"), None, 24)
+    scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert [row["score"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-4)
+
+
+def test_every_tuning_goes_on_from_every_other(files, tmp_path):
+    model = files["model"]
+    for name in ("sft", "rejection", "dpo", "kto"):
+        command = f"{TUNED[name]} --model {{model}} --out {{out}} {TUNE}"
+        assert run(command, **{**files, "model": model}, out=tmp_path / name) == 0
+        model = tmp_path / name
+    data = tmp_path / "rejection" / "best.jsonl"
+    command = f"sft --data {{data}} --model {{model}} --out {{out}} {TUNE}"
+    assert run(command, data=data, model=model, out=tmp_path / "again") == 0
+
+
 # ppo
 
 
@@ -485,6 +563,17 @@ def test_characters_of_several_tokens_come_whole(data, expected):
             "more than the 9 wor",
         ),
         ("ppo --model {model} --reward {reward} --prompts {long} --max-seq-len 24 --out {nowhere}", "has 151 tokens"),
+        ("sft --data {pairs} --model {model} --out {nowhere}", "expected the columns prompt + response, got"),
+        ("sft --data {responses} --model {reward} --out {nowhere}", "does not hold a language model"),
+        ("dpo --data {responses} --model {model} --out {nowhere}", "expected the columns prompt + chosen + rejected"),
+        ("dpo --data {pairs} --model {model} --out {nowhere} --loss ipo --gamma 1", "gamma is simpo's margin"),
+        ("dpo --data {pairs} --model {model} --out {nowhere} --held-out 0.99", "more items are needed"),
+        ("kto --data {pairs} --model {model} --out {nowhere}", "expected the columns prompt + response + label, got"),
+        (
+            "rejection --prompts {long} --model {model} --reward {reward} --out {nowhere} --max-seq-len 24",
+            "has 151 tokens, --max-seq-len 24 leaves no room",
+        ),
+        ("rejection --prompts {prompts} --model {model} --reward {model} --out {nowhere}", "a reward model"),
         ("generate --model {nowhere} --prompt a", "does not hold a language model (from pretrain or ppo)"),
         ("generate --model {model} --reward {nowhere} --prompt a", "does not hold a reward model (from reward)"),
         ("generate --model {model} --prompt a --top-p 2", "at most 1, got 2.0"),
@@ -510,6 +599,8 @@ def test_mistakes_are_said_in_one_sentence(files, capsys, command, message):
         ("reward --data x --precision fp16", "invalid choice: 'fp16'"),
         ("ppo --model x --reward x --prompts x --compile", "unrecognized arguments: --compile"),
         ("ppo --model x --reward x --prompts x --temperature 0", "--temperature: must be 0.01 or more"),
+        ("dpo --data x --model x --loss hinge", "invalid choice: 'hinge'"),
+        ("rejection --prompts x --model x", "required: --reward"),
         ("generate --model x --num-samples 0", "--num-samples: must be 1 or more"),
     ],
 )

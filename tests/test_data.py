@@ -7,12 +7,16 @@ import torch
 
 from palm_rlhf_pytorch.data import (
     DataError,
+    Demonstration,
+    Labelled,
     Pair,
     Rating,
     bin_ratings,
     first_words,
     load_hf_dataset,
     quantile_edges,
+    read_demonstrations,
+    read_labelled,
     read_pairs,
     read_prompts,
     read_ratings,
@@ -68,6 +72,52 @@ def test_ratings_must_be_finite_numbers(tmp_path, value):
     path = write(tmp_path / "r.jsonl", [{"text": "a", "rating": 1}, {"text": "b", "rating": value}])
     with pytest.raises(DataError, match=r"r\.jsonl, line 2: expected a finite number in `rating`"):
         read_ratings(path)
+
+
+def test_ratings_and_responses_need_text(tmp_path):
+    for reader in (read_ratings, read_demonstrations, read_labelled):
+        records = [{"prompt": " ", "response": "a", "rating": 1, "label": 1}]
+        reader(write(tmp_path / "r.jsonl", records))
+        with pytest.raises(DataError, match=r"r\.jsonl, line 2: expected a response, got blank text"):
+            reader(write(tmp_path / "r.jsonl", [*records, {**records[0], "response": "\n"}]))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("d.jsonl", [{"prompt": "2 + 2 =", "response": " 4", "score": 1.5}, {"prompt": "hi", "response": ""}]),
+        ("d.csv.gz", "response,prompt\n 4,2 + 2 =\n,hi\n"),
+    ],
+)
+def test_demonstrations(tmp_path, name, content):
+    expected = [Demonstration("2 + 2 =", " 4"), Demonstration("hi", "")]  # nothing is an answer too
+    assert read_demonstrations(write(tmp_path / name, content)) == expected
+
+
+@pytest.mark.parametrize("yes, no", [(True, False), (1, 0), ("true", "False"), ("1", " 0 ")])
+def test_labels_are_true_or_false(tmp_path, yes, no):
+    records = [{"prompt": "p", "response": "a", "label": label} for label in (yes, no)]
+    assert read_labelled(write(tmp_path / "l.jsonl", records)) == [Labelled("p", "a", True), Labelled("p", "a", False)]
+    rows = f"prompt,response,label\np,a,{yes}\np,a,{no}\n"
+    assert [r.label for r in read_labelled(write(tmp_path / "l.csv", rows))] == [True, False]
+
+
+@pytest.mark.parametrize("label", ["yes", "", None, 2, -1, 0.5, [True]])
+def test_other_labels_are_refused(tmp_path, label):
+    records = [{"prompt": "p", "response": "a", "label": label} for label in (True, label)]
+    with pytest.raises(DataError, match=r"l\.jsonl, line 2: expected true or false \(or 1 or 0\) in `label`, got "):
+        read_labelled(write(tmp_path / "l.jsonl", records))
+
+
+@pytest.mark.parametrize(
+    "reader, columns", [(read_demonstrations, "prompt + response"), (read_labelled, "prompt + response + label")]
+)
+def test_responses_need_their_columns(tmp_path, reader, columns):
+    with pytest.raises(DataError, match="expected the columns " + columns.replace("+", r"\+") + ", got prompt, text"):
+        reader(write(tmp_path / "r.jsonl", [{"prompt": "p", "text": "t"}]))
+    for content in ("", "\n"):
+        with pytest.raises(DataError, match="got an empty file|at least one record"):
+            reader(write(tmp_path / "r.jsonl", content))
 
 
 def test_records_carry_the_line_they_begin_on(tmp_path):

@@ -64,3 +64,5 @@ def test_batches_are_moved_whole():
     assert ready_for(batch, CPU) is batch
     moved = to_device(batch, torch.device("meta"))
     assert moved[0].device.type == moved[2][0].device.type == "meta" and moved[1] is None
+    named = to_device({"a": torch.ones(1), "b": batch}, torch.device("meta"))
+    assert named["a"].device.type == named["b"][0].device.type == "meta"

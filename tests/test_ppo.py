@@ -7,7 +7,7 @@ import torch
 from tiny import PROMPTS, ROLL, TRAIN, made_up, rolled, shake, tiny_actor_critic, tiny_palm, tiny_ppo, tiny_trainer
 
 from palm_rlhf_pytorch import ImplicitPRM, RLHFTrainer
-from palm_rlhf_pytorch.ppo import generalized_advantages, token_rewards
+from palm_rlhf_pytorch.algorithms.ppo import generalized_advantages, token_rewards
 from palm_rlhf_pytorch.trainer import Learner
 from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss
 
@@ -34,7 +34,7 @@ def test_token_rewards_by_hand():
 
 
 def test_loss_by_hand():
-    actor_critic, ppo = tiny_actor_critic(), tiny_ppo(beta_s=0.5, eps_clip=0.1)
+    actor_critic, ppo = tiny_actor_critic(), tiny_ppo(entropy=0.5, eps_clip=0.1)
     e = ppo.target(ppo.judge(actor_critic, rolled(actor_critic)))
     shake(actor_critic.actor_parameters(), seed=7, std=0.05)
     loss, numbers = Learner(actor_critic, ppo)(e, 1.0)
@@ -61,10 +61,10 @@ def test_loss_by_hand():
 
 def test_the_kl_penalty_is_in_what_is_learned():
     e = made_up()
-    with_kl, without = (tiny_ppo(kl_div_loss_weight=beta, whiten_advantages=False).target(e) for beta in (0.5, 0.0))
+    with_kl, without = (tiny_ppo(kl=beta, whiten_advantages=False).target(e) for beta in (0.5, 0.0))
     first = e.response_mask & (e.response_mask.cumsum(-1) == 1)
     torch.testing.assert_close((without.returns - with_kl.returns)[first].mean(), 0.5 * e.kl.mean(), atol=0.2, rtol=0.2)
-    exact = [tiny_ppo(kl_div_loss_weight=b, gae_lambda=1.0, whiten_advantages=False).target(e) for b in (0.5, 0.0)]
+    exact = [tiny_ppo(kl=b, gae_lambda=1.0, whiten_advantages=False).target(e) for b in (0.5, 0.0)]
     torch.testing.assert_close((exact[1].returns - exact[0].returns)[first], 0.5 * e.kl)
 
 
@@ -182,7 +182,7 @@ def test_keywords_reach_what_they_name():
         missing_eos_penalty=2.0,
     )
     o = trainer.algorithm.options
-    assert (o.eps_clip, o.beta_s, o.kl_div_loss_weight, o.gamma, o.gae_lambda) == (0.3, 0.02, 0.3, 0.9, 0.8)
+    assert (o.eps_clip, o.entropy, o.kl, o.gamma, o.gae_lambda) == (0.3, 0.02, 0.3, 0.9, 0.8)
     assert trainer.algorithm.value_loss == ClippedRegression(0.5)
     actor, critic = trainer.optimizer.param_groups
     assert (actor["lr"], actor["weight_decay"], actor["betas"]) == (3e-3, 0.1, (0.8, 0.9))
@@ -241,8 +241,8 @@ def test_old_keywords_warn_and_work():
         trainer = tiny_trainer(critic_palm=critic, actor_adam_eps=1e-3, critic_adam_eps=1e-2, use_lion=False)
     assert [str(w.message) for w in caught] == [
         "critic_palm has moved: use critic",
-        "actor_adam_eps has moved: use actor_eps",
         "critic_adam_eps has moved: use critic_eps",
+        "actor_adam_eps has moved: use actor_eps",
         "use_lion has moved: use optimizer_class",
     ]
     assert trainer.actor_critic.critic_palm is critic

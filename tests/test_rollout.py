@@ -103,7 +103,7 @@ def test_what_is_recorded():
     for row, prompt, length in zip(e.sequence, PROMPTS.repeat(2, 1), LENGTHS.repeat(2), strict=True):
         assert torch.equal(row[:length], prompt[:length])
     assert not (e.prompt_mask & e.response_mask).any() and (e.lengths >= 1).all()
-    policy, _ = actor_critic.log_probs(e.sequence, e.response_mask, 0.7)
+    policy = actor_critic.log_probs(e.sequence, e.response_mask, 0.7).log_probs
     torch.testing.assert_close(e.log_probs, policy)  # those of sampling are those of learning
     reference = actor_critic.reference_log_probs(e.sequence, e.response_mask, 0.7)
     torch.testing.assert_close(e.ref_log_probs, reference)
@@ -175,7 +175,7 @@ def test_log_probs_of_sampling_are_kept(forwards, temperature, max_batch):
     actor_critic = tiny_actor_critic()
     e = rolled(actor_critic, options=replace(ROLL, temperature=temperature, max_batch=max_batch))
     assert forwards == ["reference_log_probs"]
-    expected, _ = actor_critic.log_probs(e.sequence, e.response_mask, temperature)
+    expected = actor_critic.log_probs(e.sequence, e.response_mask, temperature).log_probs
     torch.testing.assert_close(e.log_probs, expected, atol=1e-5, rtol=1e-5)
     assert (e.log_probs[e.response_mask] < 0).all() and (e.log_probs[~e.response_mask] == 0).all()
 
@@ -187,7 +187,7 @@ def test_in_reduced_precision_they_are_those_of_learning(forwards, precision):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         e = rolled(actor_critic, options=replace(ROLL, temperature=0.7))
         assert forwards == ["log_probs", "reference_log_probs"]
-        expected, _ = actor_critic.log_probs(e.sequence, e.response_mask, 0.7)
+        expected = actor_critic.log_probs(e.sequence, e.response_mask, 0.7).log_probs
     assert torch.equal(e.log_probs, expected) and e.log_probs.dtype == torch.float32
     assert (e.log_probs[e.response_mask] < 0).all()
 

@@ -145,6 +145,44 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path):
     assert load_state(path, "supervised")["step"] == 4  # the last good one
 
 
+def with_numbers():
+    """The usual loss with two numbers: the step, and its half, which odd steps do not have."""
+    steps = count(1)
+
+    def loss(module, batch):
+        step = torch.tensor(float(next(steps)))
+        return squared(module, batch), {"whole": step, "half": step / 2 if step % 2 == 0 else torch.tensor(math.nan)}
+
+    return loss
+
+
+def test_numbers_of_the_loss_are_logged(tmp_path):
+    options = FitOptions(steps=7, log_every=3)
+    history = fit(model(), with_numbers(), batches(), options, log=MetricsLog(tmp_path / "metrics.jsonl"))
+    # means of steps 1 to 3, 4 to 6 and 7; of the even ones 2, then 4 and 6, and none
+    assert [row["whole"] for row in history] == [2.0, 5.0, 7.0]
+    assert [row.get("half") for row in history] == [1.0, 2.5, None]
+    plain = fit(model(), squared, batches(), options)
+    assert [row["loss"] for row in history] == [row["loss"] for row in plain]
+    assert read_metrics(tmp_path / "metrics.jsonl") == history
+
+
+def test_numbers_not_yet_logged_are_kept(tmp_path):
+    path = tmp_path / "state.pt"
+    options = FitOptions(steps=6, log_every=4, save_every=2)
+
+    def run(steps, resume=False):
+        steps = iter(steps)  # their numbers; without one it crashes
+        return fit(model(), lambda m, b: (squared(m, b), {"whole": torch.tensor(next(steps))}), batches(), options,
+                   checkpoint=path, resume=resume)  # fmt: skip
+
+    with pytest.raises(StopIteration):
+        run((1.0, 2.0, 3.0))
+    assert load_state(path, "supervised")["step"] == 2
+    history = run((3.0, 4.0, 5.0, 6.0), resume=True)
+    assert [row["whole"] for row in history] == [2.5, 5.5]  # of steps 1 to 4, 5 and 6
+
+
 # batches that are made ahead
 
 

@@ -345,7 +345,7 @@ def test_mixed_precision_learns_on_policy(fresh_accelerate):
     )
     e = trainer.roll_out(8, 8, ROLL)
     assert {t.dtype for t in (e.log_probs, e.ref_log_probs, e.values, e.scores)} == {torch.float32}
-    full, _ = trainer.actor_critic.log_probs(e.sequence, e.response_mask)
+    full = trainer.actor_critic.log_probs(e.sequence, e.response_mask).log_probs
     assert (e.log_probs - full).abs().max() > 1e-4  # it was bfloat16
     row = trainer.learn(e)
     assert row["approx_kl"] < 1e-7 and abs(row["policy_loss"]) < 1e-4

@@ -5,7 +5,7 @@ import torch
 from palm_rlhf_pytorch import ActorCritic, PaLM, RLHFTrainer
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.ops import lengths_to_mask
-from palm_rlhf_pytorch.ppo import PPO, PPOOptions
+from palm_rlhf_pytorch.ppo import PPO
 from palm_rlhf_pytorch.rollout import RolloutOptions, Scorer, roll_out
 from palm_rlhf_pytorch.value_loss import ClippedRegression
 
@@ -69,7 +69,7 @@ def rolled(actor_critic, reward=count_even, options=ROLL, times=2, seed=0):
 
 
 def tiny_ppo(value_loss=None, **options):
-    return PPO(PPOOptions(**options), value_loss or ClippedRegression())
+    return PPO(value_loss or ClippedRegression(), **options)
 
 
 def made_up(responses=(3, 1, 4), prompts=(2, 3, 1), seed=0):

@@ -19,6 +19,10 @@ COMMANDS = {
     "quickstart": "the whole path in minutes, on an embedded corpus: pretrain, reward, PPO, a judged table",
     "pretrain": "train a PaLM on text",
     "reward": "train a reward model on ratings or on choices between two responses",
+    "sft": "train a model on responses to prompts",
+    "dpo": "improve a model by choices between two responses (DPO, IPO, SimPO)",
+    "kto": "improve a model by responses labelled good or bad",
+    "rejection": "answer prompts several times, and train a model on the best answers by a reward",
     "ppo": "improve a PaLM with PPO against a reward model",
     "generate": "complete a prompt, or chat line by line",
 }

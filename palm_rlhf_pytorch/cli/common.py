@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from palm_rlhf_pytorch.data import split_holdout
 from palm_rlhf_pytorch.decoder import can_compile
 from palm_rlhf_pytorch.devices import DEVICES, PRECISIONS, accelerator_on, choose_device
-from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.fine_tuning import TuningOptions
+from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.supervised import FitOptions
 from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -93,6 +97,68 @@ class ModelOptions:
 
     def new(self, tokenizer: Tokenizer) -> PaLM:
         return PaLM(num_tokens=tokenizer.num_tokens, flash_attn=True, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What model is to learn"""
+
+    model: str = required("directory of a run with a language model (pretrain, ppo, sft, dpo, kto, rejection)")
+    out: str = option("runs/tuned", "directory of the run")
+    held_out: float = option(0.1, "share of the data kept for evaluation")
+
+
+@dataclass(frozen=True)
+class TuneFitOptions(FitOptions):
+    """How the model is fitted. The learning rate warms up, then falls along a cosine to a tenth."""
+
+    steps: int = option(500, "optimiser steps", least=1)
+    lr: float = option(1e-4, "highest learning rate; less without --lora", least=0)
+    warmup: int = option(20, "steps until the learning rate is reached", least=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices and embeddings", least=0)
+
+
+class Tuning:
+    """A command that goes on from a model: what it starts with, trains and writes."""
+
+    def __init__(
+        self,
+        command: str,
+        options: StartOptions,
+        tuning: TuningOptions,
+        fit: TuneFitOptions,
+        compute: ComputeOptions,
+        where: RunOptions,
+    ):
+        self.command, self.resume = command, where.resume
+        self.given = {"options": options, "tuning": tuning, "fit": fit, "compute": compute}
+        self.directory, self.device = where.start(options.out, tuning.seed)
+        self.keywords = compute.keywords(self.device)
+        source = RunDirectory(options.model)
+        self.palm, self.tokenizer = source.palm().to(self.device), source.tokenizer()
+
+    def start(self, items: Sequence[Any], **options: Any) -> None:
+        """From here on the directory is taken. As many items as these are to be trained on and held out."""
+        tuning, held_out = self.given["tuning"], self.given["options"].held_out
+        self.parts = split_holdout(range(len(items)), held_out, tuning.seed)
+        self.log = self.directory.start(self.command, self.resume, self.tokenizer, **self.given, **options)
+
+    def train(self, train_on: Callable[..., list[dict[str, float]]], items: Sequence[Any], **keywords: Any) -> Path:
+        """train_on(palm, train, held out, tokenizer, tuning, fit) the items, and write the model."""
+        parts = ([items[i] for i in part] for part in self.parts)
+        resume = self.resume and self.directory.has_state()
+        keywords |= dict(self.keywords, log=self.log, checkpoint=self.directory.state, resume=resume)
+        history = train_on(self.palm, *parts, self.tokenizer, self.given["tuning"], self.given["fit"], **keywords)
+        self.palm.save(self.directory.weights)
+        say_held_out(history[-1])
+        self.directory.finish(self.log, self.command)
+        return self.directory.path
+
+
+def say_held_out(row: dict[str, float]) -> None:
+    for name, value in row.items():
+        if name.startswith("held_out"):
+            print(f"{name}: {value:.3f}")
 
 
 def text_reward(directories: Sequence[str], device: torch.device, whole: bool | None, max_len: int) -> TextReward:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import ComputeOptions, ModelOptions, RunOptions, TokenizerOptions
+from palm_rlhf_pytorch.cli.common import ComputeOptions, ModelOptions, RunOptions, TokenizerOptions, say_held_out
 from palm_rlhf_pytorch.data import Pair, Rating, first_words, read_pairs, read_ratings, split_holdout
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.rating import (
@@ -86,9 +86,7 @@ def run(
     else:
         history = train_on_ratings(model, train, held_out, tokenizer, scale, ratings, fit, **keywords)
     model.save(directory.reward_weights)
-    for name, value in history[-1].items():
-        if name.startswith("held_out"):
-            print(f"{name}: {value:.3f}")
+    say_held_out(history[-1])
     directory.finish(log, "reward")
     return directory.path
 

@@ -1,0 +1,69 @@
+"""What one algorithm says, and the training loop does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from palm_rlhf_pytorch.actor import Actor, PolicyOutput
+from palm_rlhf_pytorch.experience import Experience
+
+Losses = tuple[Tensor, dict[str, Tensor]]  # by token (b, n) or by sequence (b,), and numbers of the same shapes
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """An algorithm without numbers of its own"""
+
+
+class Algorithm(nn.Module):
+    """To be inherited from: `target` and `loss` are an algorithm's own, the rest has defaults.
+
+    A module, so that its own parts (a critic, log Z) are trained, saved and resumed with the policy. Its numbers are
+    the fields of `Options`, which are also the flags of `palm-rlhf rl`; `defaults` are those that differ in a subclass.
+    """
+
+    Options: ClassVar[type] = NoOptions
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    samples_per_prompt: int = 1
+    needs_reference: bool = False  # whether log-probs of the starting policy are wanted
+    whole_groups: bool = False  # whether the loss compares samples of one prompt, which are then computed together
+    normalization: str | int = "token"  # what a token counts for in a minibatch's loss: see `ops.token_shares`
+    sampling_rounds: int = 1  # how often new prompts may take the place of those that `keep` refused
+
+    def __init__(
+        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
+    ):
+        """Keywords of the optimiser for the policy, and for the algorithm's own parts; and any of `Options`."""
+        super().__init__()
+        self.actor_optim, self.own_optim = actor_optim or {}, own_optim or {}
+        self.options = self.Options(**{**self.defaults, **options})
+
+    def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
+        """Add what only the policy that sampled can tell (values, say), without gradient; called on small batches."""
+        return experience
+
+    def keep(self, experience: Experience) -> Tensor | None:
+        """Which rows (b,) bool are worth learning from, whole groups at a time; None: all."""
+        return None
+
+    def target(self, experience: Experience) -> Experience:
+        """Add advantages and the like, computed once over the whole of what was rolled out."""
+        raise NotImplementedError(f"{type(self).__name__} needs a target(experience)")
+
+    def loss(self, policy: PolicyOutput, experience: Experience) -> Losses:
+        """What each token or sequence adds to the loss, and numbers about it: the engine takes the means."""
+        raise NotImplementedError(f"{type(self).__name__} needs a loss(policy, experience)")
+
+    # where there is a critic: the same of what does not need the policy, learned from on its own, so that the
+    # policy's and the critic's activations are never in memory together
+    critic_loss = None  # (actor_critic, experience) -> Losses
+
+    def parameter_groups(self, actor: Actor) -> list[dict[str, Any]]:
+        """What is trained, as an optimiser's parameter groups."""
+        groups = [{"name": "actor", "params": actor.actor_parameters(), **self.actor_optim}]
+        own = list(self.parameters())
+        return [*groups, {"name": "own", "params": own, **self.own_optim}] if own else groups

@@ -1,0 +1,63 @@
+"""Advantages of whole responses, from the scores of a prompt's samples: what GRPO and its kin share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient, PolicyGradientOptions
+from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
+
+
+@dataclass(frozen=True)
+class GroupOptions(PolicyGradientOptions):
+    """How the answers to a prompt are compared and learned from"""
+
+    samples_per_prompt: int = option(8, "answers to each prompt", least=2)
+
+
+def centred(rewards: Tensor) -> Tensor:
+    """R - mean over a group; rewards (groups, g)."""
+    return rewards - rewards.mean(dim=-1, keepdim=True)
+
+
+def mean_of_others(values: Tensor) -> Tensor:
+    """For each of a group (groups, g) the mean of the rest."""
+    return (values.sum(dim=-1, keepdim=True) - values) / (values.shape[-1] - 1)
+
+
+def dense_advantages(rewards: Tensor, mask: Tensor, group_ids: Tensor) -> Tensor:
+    """What is to come of a process reward (b, n), each token's less the mean over tokens of the prompt's other samples.
+    PRIME, 2502.01456, eq. 5, without discount.
+    """
+    others = from_groups(mean_of_others(to_groups(masked_mean(rewards, mask), group_ids)), group_ids)
+    return ((rewards - others[:, None]) * mask).flip(-1).cumsum(dim=-1).flip(-1) * mask
+
+
+class GroupPolicyGradient(PolicyGradient):
+    """A subclass says by `advantage` how rewards are compared."""
+
+    Options = GroupOptions
+    advantage: Callable[[Tensor], Tensor]  # rewards (groups, g) -> advantages (groups, g)
+
+    def __init__(
+        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
+    ):
+        super().__init__(actor_optim, own_optim, **options)
+        self.samples_per_prompt = self.options.samples_per_prompt
+
+    @torch.no_grad()
+    def target(self, experience: Experience) -> Experience:
+        mask, group_ids, beta = experience.response_mask, experience.group_ids, self.kl_in_reward
+        rewards = experience.scores - beta * experience.kl if beta else experience.scores
+        compared = from_groups(self.advantage(to_groups(rewards, group_ids)), group_ids)
+        advantages = compared[:, None] * mask
+        if experience.token_rewards is not None:
+            advantages = advantages + dense_advantages(experience.token_rewards, mask, group_ids)
+        return replace(experience, advantages=advantages)

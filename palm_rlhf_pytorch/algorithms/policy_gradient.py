@@ -1,0 +1,108 @@
+"""The clipped policy gradient that PPO, GRPO and their kin share: they differ in how they come by advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.actor import PolicyOutput
+from palm_rlhf_pytorch.algorithm import Algorithm, Losses
+from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.flags import option
+
+
+@dataclass(frozen=True)
+class PolicyGradientOptions:
+    """How advantages are learned from"""
+
+    eps_clip: float = option(0.2, "clip range of the policy ratio", least=0)
+    eps_clip_high: float | None = option(None, "clip range above 1, where it is another (DAPO)", least=0)
+    kl: float = option(0.0, "weight of the KL to the starting policy", least=0)
+    kl_in: str = option("loss", "where it counts: k3 in the loss, or k1 in the reward", choices=("loss", "reward"))
+    entropy: float = option(0.0, "weight of the entropy bonus")
+    entropy_advantage: float = option(0.0, "entropy's weight in advantages (0: none; the paper has 0.4)", least=0)
+    entropy_kappa: float = option(2.0, "entropy adds at most the advantage's size over this", least=1)
+    normalization: str = option("sequence", "what counts the same in the loss", choices=("sequence", "token"))
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Below and above 1."""
+        return self.eps_clip, self.eps_clip if self.eps_clip_high is None else self.eps_clip_high
+
+
+def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """e^d - d - 1, d = log p_ref - log p: a KL estimate that is never negative. GRPO, 2402.03300, eq. 4."""
+    d = ref_log_probs - log_probs
+    return torch.expm1(d) - d
+
+
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)). PPO, 1707.06347, eq. 7; two ranges: DAPO, 2503.14476, eq. 10."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
+
+
+def by_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Every token has a ratio of its own."""
+    return log_ratio
+
+
+def entropy_shaped(advantages: Tensor, entropy: Tensor, scale: float, kappa: float) -> Tensor:
+    """A + min(scale H, |A| / kappa), H without gradient: uncertain tokens count for more, and no sign turns.
+    "Reasoning with Exploration: An Entropy Perspective", 2506.14758, eq. 5 and 6.
+    """
+    return advantages + torch.minimum(scale * entropy.detach(), advantages.abs() / kappa)
+
+
+class PolicyGradient(Algorithm):
+    """A subclass says by `target` what advantages are. The functions are there to be replaced."""
+
+    Options = PolicyGradientOptions
+    surrogate: Callable[[Tensor, Tensor, float, float], Tensor] = staticmethod(clipped)
+    log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(by_token)  # (b, n), mask -> (b, n)
+    kl_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(k3)  # log_probs, ref_log_probs -> (b, n)
+
+    def __init__(
+        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
+    ):
+        super().__init__(actor_optim, own_optim, **options)
+        self.normalization = self.options.normalization
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.options.kl != 0
+
+    @property
+    def kl_in_reward(self) -> float:
+        """The weight of k1 = log p - log p_ref in the reward."""
+        return self.options.kl if self.options.kl_in == "reward" else 0.0
+
+    def loss(self, policy: PolicyOutput, experience: Experience) -> Losses:
+        options, advantages = self.options, experience.advantages
+        if options.entropy_advantage:
+            advantages = entropy_shaped(advantages, policy.entropy, options.entropy_advantage, options.entropy_kappa)
+        log_ratio = self.log_ratio(policy.log_probs - experience.log_probs, experience.response_mask)
+        policy_loss = self.policy_loss(policy, log_ratio, advantages, experience)
+        losses = policy_loss - options.entropy * policy.entropy
+        numbers = {"policy_loss": policy_loss, "entropy": policy.entropy, **self.moved(log_ratio.detach())}
+        if options.kl and options.kl_in == "loss":
+            numbers["kl_loss"] = self.kl_loss(policy.log_probs, experience.ref_log_probs)
+            losses = losses + options.kl * numbers["kl_loss"]
+        return losses, numbers
+
+    def policy_loss(
+        self, policy: PolicyOutput, log_ratio: Tensor, advantages: Tensor, experience: Experience
+    ) -> Tensor:
+        """By token (b, n)."""
+        return self.surrogate(log_ratio.exp(), advantages, *self.options.clip_range)
+
+    def moved(self, log_ratio: Tensor) -> dict[str, Tensor]:
+        """How far the policy is from the one that sampled."""
+        ratio, (low, high) = log_ratio.exp(), self.options.clip_range
+        return {
+            "clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).float(),
+            "approx_kl": ratio - 1 - log_ratio,  # k3 of KL(old || new)
+        }

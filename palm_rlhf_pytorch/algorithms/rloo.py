@@ -1,0 +1,25 @@
+"""RLOO: REINFORCE with the other samples' mean as a baseline (Ahmadian et al., 2402.14740)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, mean_of_others
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.2."""
+    return rewards - mean_of_others(rewards)
+
+
+def of_sequence(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The whole response is one action: the sum over its tokens (b, n) at each of them."""
+    return log_ratio.sum(dim=-1, keepdim=True).expand_as(log_ratio)
+
+
+class RLOO(GroupPolicyGradient):
+    """The KL stands in the reward. Further steps on the same samples are clipped by the response's ratio, as TRL's."""
+
+    advantage = staticmethod(leave_one_out)
+    log_ratio = staticmethod(of_sequence)
+    defaults = {"kl": 0.03, "kl_in": "reward"}

@@ -1,0 +1,50 @@
+"""palm-rlhf rejection: a model, a reward and prompts in, the best answers and a model that learned them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning, text_reward
+from palm_rlhf_pytorch.cli.ppo import prompt_texts
+from palm_rlhf_pytorch.data import read_demonstrations
+from palm_rlhf_pytorch.fine_tuning import TuningOptions
+from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.rejection import BestOfOptions, best_of_n, prompts_with_room, read_best, summary, write_best
+from palm_rlhf_pytorch.sft import train_on_demonstrations
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionCommandOptions(StartOptions):
+    """What to improve, by what reward, on what prompts"""
+
+    reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
+    prompts: str = required("prompts: a .txt with one a line, or records with a prompt column")
+    out: str = option("runs/rejection", "directory of the run")
+    prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
+    whole_text: bool | None = option(
+        None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
+    )
+
+
+def run(
+    options: RejectionCommandOptions,
+    drawing: BestOfOptions,
+    tuning: TuningOptions,
+    fit: TuneFitOptions,
+    compute: ComputeOptions,
+    where: RunOptions,
+) -> Path:
+    run = Tuning("rejection", options, tuning, fit, compute, where)
+    prompts = prompt_texts(options)
+    prompts_with_room(run.tokenizer, prompts, drawing.max_seq_len)
+    reward = text_reward(options.reward, run.device, options.whole_text, drawing.max_seq_len)
+    run.start(prompts, drawing=drawing)
+    best = run.directory / "best.jsonl"
+    if not (where.resume and best.is_file()):
+        write_best(best, best_of_n(run.palm, run.tokenizer, prompts, reward, drawing, tuning.seed))
+    print(summary(read_best(best), drawing.samples))
+    return run.train(train_on_demonstrations, read_demonstrations(best))
+
+
+OPTIONS = (RejectionCommandOptions, BestOfOptions, TuningOptions, TuneFitOptions, ComputeOptions, RunOptions)
