@@ -23,6 +23,7 @@ class Algorithm(nn.Module):
 
     A module, so that its own parts (a critic, log Z) are trained, saved and resumed with the policy. Its numbers are
     the fields of `Options`, which are also the flags of `palm-rlhf rl`; `defaults` are those that differ in a subclass.
+    Options of the names below are taken over.
     """
 
     Options: ClassVar[type] = NoOptions
@@ -41,6 +42,9 @@ class Algorithm(nn.Module):
         super().__init__()
         self.actor_optim, self.own_optim = actor_optim or {}, own_optim or {}
         self.options = self.Options(**{**self.defaults, **options})
+        for name in ("samples_per_prompt", "normalization", "sampling_rounds"):
+            if hasattr(self.options, name):
+                setattr(self, name, getattr(self.options, name))
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
         """Add what only the policy that sampled can tell (values, say), without gradient; called on small batches."""

@@ -16,6 +16,11 @@ from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.vocabulary import linear_log_probs
 
 
+def outcome_loss(totals: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of sigmoid(totals), both (b,), labels in {0, 1}: 2412.01981, eq. 5, with the minus it lacks."""
+    return F.binary_cross_entropy_with_logits(totals, labels.to(totals.dtype))
+
+
 class ImplicitPRM(nn.Module):
     """r_t = beta (log p_model(y_t) - log p_ref(y_t)), eq. 2. Without `ref_model` a frozen copy of `model` is kept."""
 
@@ -39,12 +44,14 @@ class ImplicitPRM(nn.Module):
         With labels (b,) in {0, 1} the loss instead: binary cross-entropy of sigmoid(sum of the response's rewards),
         eq. 5. prompt_mask (b, n) says which tokens are no response (None: the first token only).
         """
-        rewards = self.beta * (self._log_probs(self.model, seq) - self._reference(seq))
         if labels is None:
-            return rewards
-        if prompt_mask is not None:
-            rewards = rewards.masked_fill(prompt_mask[:, 1:], 0.0)
-        return F.binary_cross_entropy_with_logits(rewards.sum(dim=-1), labels.to(rewards.dtype))
+            return self.beta * (self._log_probs(self.model, seq) - self._reference(seq))
+        return outcome_loss(self.totals(seq, prompt_mask), labels)
+
+    def totals(self, seq: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
+        """The sum (b,) of each response's rewards: the logit of its being right."""
+        rewards = self(seq)
+        return (rewards if prompt_mask is None else rewards.masked_fill(prompt_mask[:, 1:], 0.0)).sum(dim=-1)
 
     def _log_probs(self, palm: PaLM, seq: Tensor) -> Tensor:
         real = seq >= 0

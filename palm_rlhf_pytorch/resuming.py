@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.process_reward import difference
 from palm_rlhf_pytorch.state import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def state_of(trainer: OnPolicyTrainer) -> dict[str, Any]:
         "weights": written_weights(trainer.parts()),
         "trunk": trainer.trunk,
         "optimizer": trainer.optimizer.state_dict(),
+        "process_reward": None if trainer.process_reward is None else trainer.process_reward.state(),
         "progress": {name: getattr(trainer, name) for name in COUNTERS},
         "prompts": {"count": len(trainer.prompts), "queue": trainer.prompts.queue},
         "order": trainer.order.get_state(),
@@ -48,6 +50,10 @@ def restore(trainer: OnPolicyTrainer, state: dict[str, Any], path: str | Path) -
         raise ValueError(f"{str(path)!r} is of a trainer built otherwise: for one, {differ[0]} differs")
     if state["trunk"] != trainer.trunk:
         raise ValueError(f"{str(path)!r} holds adapters to other frozen weights: give the palm it started from")
+    process, learned = trainer.process_reward, state.get("process_reward")  # which older ones know nothing of
+    differs = difference(process, learned)
+    if differs:
+        raise ValueError(f"{str(path)!r} is of a trainer with another process reward: {differs}")
     try:
         trainer.optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
@@ -57,6 +63,8 @@ def restore(trainer: OnPolicyTrainer, state: dict[str, Any], path: str | Path) -
     parts.load_state_dict(weights)
     for name in COUNTERS:
         setattr(trainer, name, state["progress"][name])
+    if process is not None:
+        process.restore(learned)
     trainer.resumed = True
     if state["prompts"]["count"] == len(trainer.prompts):  # other prompts start in an order of their own
         trainer.prompts.queue = state["prompts"]["queue"]

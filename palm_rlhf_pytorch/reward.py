@@ -126,11 +126,15 @@ class RewardModel(nn.Module):
 
         Ids below 0 are padding, seen by no other token.
         """
+        return self.to_pred(masked_mean(self._embeds(x, prompt_mask, disable_lora), mask, dim=1))
+
+    def _embeds(self, x: Tensor, prompt_mask: Tensor | None, disable_lora: bool = False) -> Tensor:
+        """Embeddings (b, n, d) of x, its prompt and response told apart where there is a prompt_mask."""
         real = x >= 0
         extra_embed = None
         if prompt_mask is not None:
             extra_embed = torch.where(rearrange(prompt_mask, "b n -> b n 1"), self.prompt_embed, self.response_embed)
-        embeds = self.palm(
+        return self.palm(
             x,
             extra_embed=extra_embed,
             return_only_embedding=True,
@@ -138,7 +142,6 @@ class RewardModel(nn.Module):
             finetune_scope=self.reward_lora_scope,
             mask=real if torch.compiler.is_compiling() or has_token_after_padding(real) else None,  # no look in a graph
         )
-        return self.to_pred(masked_mean(embeds, mask, dim=1))
 
     def rate(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rating (b,) of each response, differentiable: the expected one where ratings are binned.
@@ -147,7 +150,10 @@ class RewardModel(nn.Module):
         pooled, and what the mask hides (padding, all after EOS) cannot reach the result.
         """
         mask = x >= 0 if mask is None else mask
-        pred = self.predict(x.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask)
+        return self._rating(self.predict(x.masked_fill(~mask, -1), mask & ~prompt_mask, prompt_mask))
+
+    def _rating(self, pred: Tensor) -> Tensor:
+        """The head's output as one number, float32."""
         if not self.binned_output:
             return pred.float()
         return (pred.float().softmax(dim=-1) * self.bin_values.float()).sum(dim=-1)  # autocast would round a product
@@ -157,6 +163,20 @@ class RewardModel(nn.Module):
     def score(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
         """`rate` without gradient and without dropout: the same input always gives the same score (b,)."""
         return self.rate(x, prompt_mask, mask)
+
+    @torch.no_grad()
+    @eval_decorator
+    def prefix_scores(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`score` of every prefix, in one pass: (b, n), place t of what ends with token t. A prompt's own is the head's
+        answer to no response at all.
+        """
+        if not self.palm.causal:
+            raise ValueError("scores of prefixes need a causal reward model, got an encoder: it sees what is to come")
+        mask = x >= 0 if mask is None else mask
+        embeds, pooled = self._embeds(x.masked_fill(~mask, -1), prompt_mask), (mask & ~prompt_mask)[..., None]
+        totals = embeds.masked_fill(~pooled, 0.0).float().cumsum(dim=1)
+        means = totals / pooled.cumsum(dim=1).clamp(min=1)
+        return self._rating(self.to_pred(means.to(embeds.dtype)))
 
     def pair_loss(
         self,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.actor import Actor
@@ -15,7 +16,9 @@ from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.ops import groups_of_like_length
 from palm_rlhf_pytorch.reward import RewardModel
 
-Reward = RewardModel | Callable[[list, list], Any]
+OneReward = RewardModel | Callable[[list, list], Any]
+Reward = OneReward | Mapping[str, OneReward | tuple[OneReward, float]]
+REWARD = "reward/"  # begins the names in Experience.extra of what several rewards gave
 
 
 @dataclass(frozen=True)
@@ -30,31 +33,47 @@ class RolloutOptions:
     max_batch: int | None = None  # sequences sampled at once
     rows_at_once: int | None = None  # judged at once: as many tokens as this many of the longest sequences have
     reference: bool = True  # whether log-probs of the starting policy are wanted
+    overlong_buffer: int = 0  # tokens before the limit in which a penalty of length grows; 0: none
+    overlong_penalty: float = 1.0  # what it is at the limit
+
+    def __post_init__(self):
+        if self.overlong_buffer < 0:
+            raise ValueError(f"overlong_buffer is a number of tokens, 0 for no penalty, got {self.overlong_buffer}")
 
 
 class Scorer:
     """Turns any reward into a function of a `Generation`.
 
     A RewardModel scores response tokens. A callable gets (prompts, responses): lists of text where `tokenizer` has a
-    `decode` and `over` is not 'tokens', else lists of 1-D id tensors; it returns one number for each.
+    `decode` and `over` is not 'tokens', else lists of 1-D id tensors; it returns one number for each. Several by name,
+    {name: reward} or {name: (reward, weight)}, add up, each times its weight.
     """
 
     def __init__(self, reward: Reward, tokenizer: Any = None, over: str | None = None):
-        if not callable(reward):
-            raise TypeError(f"the reward must be a RewardModel or a function, got {type(reward).__name__}")
+        self.named = isinstance(reward, Mapping)
+        self.rewards = weighted(reward) if self.named else {"": (reward, 1.0)}
+        for name, (one, _) in self.rewards.items():
+            if not callable(one):
+                raise TypeError(f"{the(name)} must be a RewardModel or a function, got {type(one).__name__}")
         can_decode = hasattr(tokenizer, "decode")
         over = ("text" if can_decode else "tokens") if over is None else over
         if over not in ("text", "tokens"):
             raise ValueError(f"reward_over is 'text', 'tokens' or None to choose, got {over!r}")
         if over == "text" and not can_decode:
             raise ValueError("a reward over text needs a tokenizer with a decode method")
-        self.reward, self.tokenizer, self.over = reward, tokenizer, over
+        self.tokenizer, self.over = tokenizer, over
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The rewards that are modules."""
+        return [reward for reward, _ in self.rewards.values() if isinstance(reward, nn.Module)]
 
     def check(self, num_tokens: int) -> None:
         """Refuse a reward model that does not know all of the policy's tokens."""
-        if isinstance(self.reward, RewardModel) and self.reward.palm.num_tokens < num_tokens:
-            known = self.reward.palm.num_tokens
-            raise ValueError(f"the reward model knows {known} tokens, but the policy writes {num_tokens}")
+        for model in self.models:
+            if isinstance(model, RewardModel) and model.palm.num_tokens < num_tokens:
+                known = model.palm.num_tokens
+                raise ValueError(f"the reward model knows {known} tokens, but the policy writes {num_tokens}")
 
     def __call__(
         self, answers: Experience | generation.Generation, max_tokens: int | None = None, max_batch: int | None = None
@@ -62,43 +81,92 @@ class Scorer:
         """-> scores (b,) float32 on the sequence's device, all finite. A reward model reads at most max_tokens at
         once, a function gets at most max_batch responses.
         """
-        batch = answers.sequence.shape[0]
-        if isinstance(self.reward, RewardModel):
-            groups = groups_of_like_length(answers.mask.sum(dim=-1), max_tokens)
-            scores = torch.cat([self._rate(answers, rows) for rows in groups])
-            return self._checked(scores, batch, answers.sequence.device)[torch.cat(groups).argsort()]
-        prompts, responses = (self._pieces(answers, mask) for mask in (answers.prompt_mask, answers.response_mask))
-        size = max_batch or batch
-        parts = [
-            self._checked(self.reward(prompts[i : i + size], responses[i : i + size]), len(prompts[i : i + size]))
-            for i in range(0, batch, size)
-        ]
-        return torch.cat(parts).to(answers.sequence.device)
+        return self.total(self.components(answers, max_tokens, max_batch))
 
-    def _rate(self, answers: Experience | generation.Generation, rows: Tensor) -> Tensor:
-        """The reward model's scores of some rows."""
-        own, n = next(self.reward.parameters()).device, int(answers.mask[rows].sum(dim=-1).amax())
+    def total(self, components: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of what `components` gave."""
+        return sum(weight * components[name] for name, (_, weight) in self.rewards.items())
+
+    def components(
+        self, answers: Experience | generation.Generation, max_tokens: int | None = None, max_batch: int | None = None
+    ) -> dict[str, Tensor]:
+        """What each reward gives by itself, without its weight; bounds as in a call."""
+        found, device = {}, answers.sequence.device
+        pieces = None  # ids or texts, made once for all functions
+        for name, (reward, _) in self.rewards.items():
+            if isinstance(reward, RewardModel):
+                groups = groups_of_like_length(answers.mask.sum(dim=-1), max_tokens)
+                scores = torch.cat([self._rate(reward, answers, rows) for rows in groups])
+                found[name] = self._checked(name, scores, len(scores), device)[torch.cat(groups).argsort()]
+            else:
+                if pieces is None:
+                    pieces = [self._pieces(answers, mask) for mask in (answers.prompt_mask, answers.response_mask)]
+                found[name] = self._call(name, reward, *pieces, max_batch).to(device)
+        return found
+
+    def _rate(self, model: RewardModel, answers: Experience | generation.Generation, rows: Tensor) -> Tensor:
+        """A reward model's scores of some rows."""
+        own, n = next(model.parameters()).device, int(answers.mask[rows].sum(dim=-1).amax())
         inputs = (answers.sequence, answers.prompt_mask, answers.mask)
-        return self.reward.score(*(t[rows, :n].to(own) for t in inputs))
+        return model.score(*(t[rows, :n].to(own) for t in inputs))
 
-    def _checked(self, scores: Any, batch: int, device: torch.device | None = None) -> Tensor:
+    def _call(self, name: str, reward: Callable, prompts: list, responses: list, max_batch: int | None) -> Tensor:
+        """A function's scores."""
+        size = max_batch or len(prompts)
+        spans = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        return torch.cat([self._checked(name, reward(prompts[s], responses[s]), len(prompts[s])) for s in spans])
+
+    def _checked(self, name: str, scores: Any, batch: int, device: torch.device | None = None) -> Tensor:
         """What a reward returned, as a tensor (batch,), or refused."""
         try:
             scores = torch.as_tensor(scores, dtype=torch.float32, device=device).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             kind = type(scores).__name__
-            raise TypeError(f"the reward must return one number for each of {batch} responses, got a {kind}") from error
+            raise TypeError(
+                f"{the(name)} must return one number for each of {batch} responses, got a {kind}"
+            ) from error
         if scores.shape != (batch,):
             raise ValueError(
-                f"the reward must return one number for each of {batch} responses, got shape {tuple(scores.shape)}"
+                f"{the(name)} must return one number for each of {batch} responses, got shape {tuple(scores.shape)}"
             )
         if not scores.isfinite().all():
-            raise ValueError("the reward returned a value that is not finite (NaN or infinite)")
+            raise ValueError(f"{the(name)} returned a value that is not finite (NaN or infinite)")
         return scores
 
     def _pieces(self, answers: Experience | generation.Generation, mask: Tensor) -> list:
         ids = [row[keep] for row, keep in zip(answers.sequence, mask, strict=True)]
         return [self.tokenizer.decode(row.tolist()) for row in ids] if self.over == "text" else ids
+
+
+def the(name: str) -> str:
+    return f"the reward {name!r}" if name else "the reward"
+
+
+def weighted(rewards: Mapping[str, Any]) -> dict[str, tuple[Any, float]]:
+    """Several rewards by name, each with its weight (1 where none is given)."""
+    if not rewards:
+        raise ValueError("a mapping of rewards by name must hold at least one, got none")
+    found = {}
+    for name, reward in rewards.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"rewards are named by text, got {name!r}")
+        pair = reward if isinstance(reward, tuple) else (reward, 1.0)
+        if len(pair) != 2:
+            raise ValueError(f"{the(name)} is a reward or a pair (reward, weight), got {len(pair)} values")
+        found[name] = (pair[0], checked_weight(pair[1], the(name)))
+    return found
+
+
+def checked_weight(weight: Any, owner: str) -> float:
+    """A finite number, or refused."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise TypeError(f"the weight of {owner} must be a finite number, got {weight!r}")
+    return float(weight)
+
+
+def soft_overlong_punishment(lengths: Tensor, limits: Tensor, buffer: int) -> Tensor:
+    """0 up to `buffer` tokens before a response's limit, then down to -1 at it; all (b,). DAPO, 2503.14476, eq. 13."""
+    return ((limits - buffer - lengths) / buffer).clamp(-1.0, 0.0)
 
 
 @torch.no_grad()
@@ -157,8 +225,15 @@ def roll_out(
     )
     tokens = None if options.rows_at_once is None else options.rows_at_once * experience.sequence.shape[1]
     experience = experience.by_length(with_log_probs, tokens)
-    scores = scorer(experience, tokens, options.max_batch)
-    return replace(experience, scores=scores - options.missing_eos_penalty * ~finished)
+    components = scorer.components(experience, tokens, options.max_batch)
+    scores = scorer.total(components) - options.missing_eos_penalty * ~finished
+    if options.overlong_buffer:
+        limits = options.max_seq_len - experience.prompt_mask.sum(dim=-1)
+        punishment = soft_overlong_punishment(experience.lengths, limits, options.overlong_buffer)
+        scores = scores + options.overlong_penalty * punishment
+    if scorer.named:
+        experience = experience.with_extra(**{REWARD + name: t for name, t in components.items()})
+    return replace(experience, scores=scores)
 
 
 def ends_with_eos(sequence: Tensor, mask: Tensor, eos_token: int | tuple[int, ...] | None) -> Tensor:

@@ -106,7 +106,7 @@ class RunDirectory:
         return load_tokenizer(self.path)
 
     def palm(self) -> PaLM:
-        self._need(self.weights, "a language model (from pretrain or ppo)")
+        self._need(self.weights, "a language model (from pretrain, sft, ppo, ...)")
         return PaLM.from_checkpoint(self.weights).eval()
 
     def reward_model(self) -> RewardModel:

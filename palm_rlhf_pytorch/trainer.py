@@ -27,8 +27,9 @@ from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.ops import masked_mean, token_shares
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.process_reward import ProcessReward
 from palm_rlhf_pytorch.prompts import Prompts
-from palm_rlhf_pytorch.rollout import Reward, RolloutOptions, Scorer, roll_out
+from palm_rlhf_pytorch.rollout import REWARD, Reward, RolloutOptions, Scorer, roll_out
 from palm_rlhf_pytorch.state import fingerprint, load_state, save_state
 
 Metrics = dict[str, float]
@@ -107,6 +108,9 @@ class OnPolicyTrainer:
         reward_over: str | None = None,
         learn_options: LearnOptions | None = None,
         missing_eos_penalty: float = 0.0,
+        overlong_buffer: int = 0,
+        overlong_penalty: float = 1.0,
+        process_reward: ProcessReward | None = None,
         optimizer_class: Callable[..., Optimizer] = AdamW,
         seed: int | None = None,
         metrics_path: str | Path | None = None,
@@ -117,13 +121,22 @@ class OnPolicyTrainer:
             self.accelerate.init_trackers("palm_rlhf_pytorch")
             atexit.register(self.accelerate.end_training)  # trackers that buffer write their last lines
         self.options = learn_options or LearnOptions()
-        self.missing_eos_penalty = missing_eos_penalty
+        self.penalties = RolloutOptions(
+            missing_eos_penalty=missing_eos_penalty, overlong_buffer=overlong_buffer, overlong_penalty=overlong_penalty
+        )
         self.prompts = prompts
         self.prompts.check(actor_critic.actor_palm.num_tokens)
         self.scorer = Scorer(reward, tokenizer, reward_over)
         self.scorer.check(actor_critic.actor_palm.num_tokens)
-        if isinstance(reward, nn.Module):
-            reward.to(self.accelerate.device).eval()
+        for model in self.scorer.models:
+            model.to(self.accelerate.device).eval()
+        if process_reward is not None:
+            if not isinstance(process_reward, ProcessReward):
+                kind = type(process_reward).__name__
+                raise TypeError(f"process_reward is a ProcessReward, which a model is wrapped in, got {kind}")
+            process_reward.check(actor_critic.actor_palm)
+            process_reward.model.to(self.accelerate.device).eval()
+        self.process_reward = process_reward
 
         learner = Learner(actor_critic, algorithm).to(self.accelerate.device)
         self.optimizer = optimizer_class(
@@ -157,6 +170,10 @@ class OnPolicyTrainer:
         """One row of metrics for each update so far."""
         return self.metrics.history
 
+    @property
+    def missing_eos_penalty(self) -> float:
+        return self.penalties.missing_eos_penalty
+
     def print(self, message: str) -> None:
         self.accelerate.print(message)
 
@@ -189,7 +206,13 @@ class OnPolicyTrainer:
             sizes = f"update_timesteps={update_timesteps} and max_batch_size={max_batch_size}"
             raise ValueError(f"a rollout needs one prompt or more at once, got {sizes}")
         eos = eos_token if eos_token is None or isinstance(eos_token, int) else tuple(eos_token)
-        options = RolloutOptions(max_seq_len, eos, temperature, self.prompts.pad_value, self.missing_eos_penalty)
+        options = replace(
+            self.penalties,
+            max_seq_len=max_seq_len,
+            eos_token=eos,
+            temperature=temperature,
+            pad_value=self.prompts.pad_value,
+        )
         if not temperature > 0:
             raise ValueError(f"learning needs a temperature above 0, got {temperature}")
         total = num_episodes * max_timesteps
@@ -228,6 +251,7 @@ class OnPolicyTrainer:
             "step": self.step,
             "prompts": self.prompts_done + count,
             **learned,
+            **({} if self.process_reward is None else self.process_reward.metrics),
             "tokens_per_second": tokens / (ended - started),
             "rollout_seconds": rolled - started,
             "learn_seconds": ended - rolled,
@@ -255,7 +279,13 @@ class OnPolicyTrainer:
             if self._over_all(float(enough)) == 1.0:
                 break
             experience = Experience.cat([experience, self._roll_out(wanted, options)])
-        return self._scaled(self._chosen(experience, wanted * self.algorithm.samples_per_prompt))
+        experience = self._chosen(experience, wanted * self.algorithm.samples_per_prompt)
+        if self.process_reward is not None:
+            tokens = options.rows_at_once * experience.sequence.shape[1]
+            mean = partial(self.accelerate.reduce, reduction="mean")
+            with self.accelerate.autocast():
+                experience = self.process_reward(experience, tokens, mean)
+        return self._scaled(experience)
 
     def _chosen(self, experience: Experience, count: int) -> Experience:
         """`count` rows, those that the algorithm keeps before others."""
@@ -451,6 +481,9 @@ def describe(experience: Experience) -> Metrics:
         "response_length": float(lengths.mean()),
         "finished": float(experience.finished.float().mean()),
     }
+    numbers.update({name: float(t.mean()) for name, t in experience.extra.items() if name.startswith(REWARD)})
+    if experience.token_rewards is not None:
+        numbers["process_reward"] = float(experience.token_rewards.sum(dim=-1).mean())
     if experience.kl is not None:
         numbers["kl"] = float(experience.kl.mean())
     if experience.values is not None and experience.returns is not None:

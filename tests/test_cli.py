@@ -22,6 +22,7 @@ from palm_rlhf_pytorch.metrics import read_metrics
 from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer
+from palm_rlhf_pytorch.trainer import OnPolicyTrainer
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs the [hf] extra")
 MODEL = "--dim 16 --depth 1 --heads 2 --dim-head 8 --ff-dropout 0.2"
@@ -410,6 +411,69 @@ def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch,
     assert run("generate --model {out} --prompt the --max-new-tokens 3", out=whole) == 0
 
 
+RL = "--updates 3 --rollouts 3 --rollout-batch 4 --max-seq-len 24 --minibatch-size 4 --lora-r 2 --save-every 2"
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory):
+    """Rewards by rule."""
+    path = tmp_path_factory.mktemp("rules") / "rules.py"
+    path.write_text("def short(prompts, responses):\n    return [-float(len(r)) for r in responses]\n\nconstant = 3\n")
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ["grpo --kl 0.1", "ppo", "flowrl --z-hidden 8", "tpo --no-lora", "dapo"])
+def test_a_resumed_rl_equals_an_uninterrupted_one(files, rules, tmp_path, monkeypatch, algorithm):
+    samples = "" if algorithm == "ppo" else "--samples-per-prompt 2"
+    command = f"rl --model {{model}} --reward {{rules}}:short {{reward}} --prompts {{prompts}} --out {{out}} {RL}"
+    command += f" --algorithm {algorithm} {samples}"
+    paths = {**files, "rules": rules}
+    assert run(command, **{**paths, "out": tmp_path / "whole"}) == 0
+    with monkeypatch.context() as patch:
+        train = OnPolicyTrainer.train
+        saved = count(1)
+
+        def stop(self, *args, on_update, **kwargs):
+            def keep(row):
+                on_update(row)
+                if next(saved) == 2:
+                    raise KeyboardInterrupt("stopped")
+
+            return train(self, *args, on_update=keep, **kwargs)
+
+        patch.setattr(OnPolicyTrainer, "train", stop)
+        assert run(command, **{**paths, "out": tmp_path / "parts"}) == 130
+    assert run("rl --resume --out {out}", out=tmp_path / "parts") == 0
+    assert_same_weights(tmp_path / "whole" / "model.safetensors", tmp_path / "parts" / "model.safetensors")
+    assert run("generate --model {out} --prompt the --max-new-tokens 3", out=tmp_path / "whole") == 0
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        ("{rules}:nothing", "has no function 'nothing'"),
+        ("{rules}:constant", "has no function 'constant'"),
+        ("missing.py:short", "there is no file 'missing.py'"),
+    ],
+)
+def test_a_rule_that_is_not_there(files, rules, tmp_path, capsys, reward, message):
+    command = f"rl --model {{model}} --reward {reward} --prompts {{prompts}} --out {{out}}"
+    assert run(command, **files, rules=rules, out=tmp_path / "rl") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_algorithm_shows_its_own_flags(capsys):
+    for name, own in (("tpo", "--eta"), ("flowrl", "--beta"), ("dr_grpo", "--max-response")):
+        with pytest.raises(SystemExit):
+            main(["rl", "--algorithm", name, "--help"])
+        assert own in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main("rl --model m --reward r --prompts p --algorithm tpo --eps-clip 0.1".split())
+    assert "unrecognized arguments: --eps-clip" in capsys.readouterr().err
+    assert main(["rl", "--algorithm", "best"]) == 2
+    assert "there is no algorithm 'best'; there are ppo, grpo" in capsys.readouterr().err
+
+
 def test_ppo_from_first_words_with_rewards_of_other_tokenizers(files, tmp_path):
     pytest.importorskip("tokenizers")
     reward = tmp_path / "reward"
@@ -574,7 +638,7 @@ def test_characters_of_several_tokens_come_whole(data, expected):
             "has 151 tokens, --max-seq-len 24 leaves no room",
         ),
         ("rejection --prompts {prompts} --model {model} --reward {model} --out {nowhere}", "a reward model"),
-        ("generate --model {nowhere} --prompt a", "does not hold a language model (from pretrain or ppo)"),
+        ("generate --model {nowhere} --prompt a", "does not hold a language model (from pretrain, sft, ppo, ...)"),
         ("generate --model {model} --reward {nowhere} --prompt a", "does not hold a reward model (from reward)"),
         ("generate --model {model} --prompt a --top-p 2", "at most 1, got 2.0"),
     ],

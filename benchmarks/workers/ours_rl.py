@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from tasks import now
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from palm_rlhf_pytorch import ActorCritic, PaLM, RewardModel, RLHFTrainer, generation
-from palm_rlhf_pytorch.actor_critic import PolicyOutput
-from palm_rlhf_pytorch.experience import Experience
-from palm_rlhf_pytorch.ops import masked_mean
-from palm_rlhf_pytorch.ppo import clipped_policy_loss
+from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer, generation
+from palm_rlhf_pytorch.actor import Actor
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.trainer import LearnOptions, OnPolicyTrainer
 
@@ -41,36 +38,6 @@ def count_steps(*_: Any) -> None:
 
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-class GRPO(nn.Module):
-    """Rewards normalised within each prompt's samples, PPO's clipped loss; no KL term (Shao et al., 2402.03300).
-
-    Stands in for the package's own: once there is a `palm_rlhf_pytorch.grpo.GRPO`, `build_grpo` is to use that.
-    """
-
-    def __init__(self, samples_per_prompt: int):
-        super().__init__()
-        self.samples_per_prompt = samples_per_prompt
-
-    def judge(self, actor_critic: ActorCritic, experience: Experience) -> Experience:
-        return experience
-
-    def target(self, experience: Experience) -> Experience:
-        scores = experience.scores.reshape(-1, self.samples_per_prompt)  # samples of a prompt are side by side
-        normed = (scores - scores.mean(dim=-1, keepdim=True)) / (scores.std(dim=-1, keepdim=True) + 1e-4)
-        return replace(experience, advantages=normed.reshape(-1, 1) * experience.response_mask)
-
-    def loss(
-        self, actor_critic: ActorCritic, policy: PolicyOutput, experience: Experience
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        mask, log_ratio = experience.response_mask, policy.log_probs - experience.log_probs
-        loss = masked_mean(clipped_policy_loss(log_ratio, experience.advantages, 0.2), mask, dim=None)
-        entropy = masked_mean(policy.entropy, mask, dim=None)  # to watch; TRL logs it too
-        return loss, {"policy_loss": loss.detach(), "entropy": entropy.detach()}
-
-    def parameter_groups(self, actor_critic: ActorCritic) -> list[dict[str, Any]]:
-        return [{"params": actor_critic.actor_parameters(), "lr": 1e-5, "weight_decay": 0.0}]
 
 
 def new_palm(**keywords: Any) -> PaLM:
@@ -110,8 +77,8 @@ def build_grpo(prompts: Tensor, **shared: Any) -> tuple[OnPolicyTrainer, dict[st
     palm = new_palm(use_xpos=False)
     parameters = {"policy": size(palm)}
     grpo = OnPolicyTrainer(
-        ActorCritic(palm, actor_lora=work["lora"], critic_dim_out=1),
-        GRPO(work["samples"]),
+        Actor(palm, actor_lora=work["lora"]),
+        GRPO({"lr": 1e-5, "weight_decay": 0.0}, samples_per_prompt=work["samples"], kl=0.0, normalization="token"),
         lambda prompts, responses: [float((r % 2).float().mean()) for r in responses],
         Prompts(prompts),
         learn_options=LearnOptions(work["minibatch"], epochs=work["epochs"], max_norm=1.0),

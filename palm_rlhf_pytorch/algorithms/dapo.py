@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -28,10 +27,6 @@ class DAPO(GRPO):
 
     Options = DAPOOptions
     defaults = {"eps_clip": 0.2, "eps_clip_high": 0.28, "normalization": "token"}
-
-    def __init__(self, actor_optim: dict[str, Any] | None = None, **options: Any):
-        super().__init__(actor_optim, **options)
-        self.sampling_rounds = self.options.sampling_rounds
 
     def keep(self, experience: Experience) -> Tensor:
         """Groups whose scores differ: of the others no token has an advantage."""

@@ -65,7 +65,6 @@ class FlowRL(Algorithm):
     ):
         """dim: the policy's width."""
         super().__init__(actor_optim, own_optim, **options)
-        self.samples_per_prompt = self.options.samples_per_prompt
         self.partition_function = PartitionFunction(self.options.z_hidden, dim=dim)
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:

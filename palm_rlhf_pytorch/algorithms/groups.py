@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +44,6 @@ class GroupPolicyGradient(PolicyGradient):
 
     Options = GroupOptions
     advantage: Callable[[Tensor], Tensor]  # rewards (groups, g) -> advantages (groups, g)
-
-    def __init__(
-        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
-    ):
-        super().__init__(actor_optim, own_optim, **options)
-        self.samples_per_prompt = self.options.samples_per_prompt
 
     @torch.no_grad()
     def target(self, experience: Experience) -> Experience:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,12 +63,6 @@ class PolicyGradient(Algorithm):
     surrogate: Callable[[Tensor, Tensor, float, float], Tensor] = staticmethod(clipped)
     log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(by_token)  # (b, n), mask -> (b, n)
     kl_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(k3)  # log_probs, ref_log_probs -> (b, n)
-
-    def __init__(
-        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
-    ):
-        super().__init__(actor_optim, own_optim, **options)
-        self.normalization = self.options.normalization
 
     @property
     def needs_reference(self) -> bool:

@@ -93,8 +93,14 @@ class ScoreCentering(GroupPolicyGradient):
     defaults = {"normalization": "token"}
     advantage = staticmethod(centred)
 
-    def __init__(self, actor_optim: dict[str, Any] | None = None, weight_fn: Weight = torch.ones_like, **options: Any):
-        super().__init__(actor_optim, **options)
+    def __init__(
+        self,
+        actor_optim: dict[str, Any] | None = None,
+        own_optim: dict[str, Any] | None = None,
+        weight_fn: Weight = torch.ones_like,
+        **options: Any,
+    ):
+        super().__init__(actor_optim, own_optim, **options)
         self.weight_fn = weight_fn
         self._vocabulary: tuple[int, Tensor] | None = None  # what sampled, and which version of the weight it was
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +40,6 @@ class TPO(Algorithm):
     Options = TPOOptions
     normalization = "sequence"
     whole_groups = True
-
-    def __init__(self, actor_optim: dict[str, Any] | None = None, **options: Any):
-        super().__init__(actor_optim, **options)
-        self.samples_per_prompt = self.options.samples_per_prompt
 
     @torch.no_grad()
     def target(self, experience: Experience) -> Experience:

@@ -24,6 +24,7 @@ COMMANDS = {
     "kto": "improve a model by responses labelled good or bad",
     "rejection": "answer prompts several times, and train a model on the best answers by a reward",
     "ppo": "improve a PaLM with PPO against a reward model",
+    "rl": "improve a model with GRPO, RLOO, TPO, ... and any reward: a model's, or a rule's",
     "generate": "complete a prompt, or chat line by line",
 }
 
@@ -42,7 +43,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists all)\n")
 
 
-def build_parser(only: str | None = None, defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+def build_parser(
+    only: str | None = None, defaults: Mapping[str, Any] | None = None, arguments: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     """The parser; with `only`, just that command's flags are made (the others would be imported for nothing)."""
     parser = Parser(prog="palm-rlhf", description="RLHF end to end on the PaLM architecture.")
     parser.add_argument("--version", action="version", version=f"palm-rlhf {__version__}")
@@ -50,12 +53,15 @@ def build_parser(only: str | None = None, defaults: Mapping[str, Any] | None = N
     for name, help_text in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         if name == only:
-            add_flags(command, *options_of(name), defaults=defaults)
+            classes, own = options_of(name, arguments)
+            add_flags(command, *classes, defaults={**own, **(defaults or {})})
     return parser
 
 
-def options_of(name: str) -> tuple[type, ...]:
-    return import_module(f"palm_rlhf_pytorch.cli.{name}").OPTIONS
+def options_of(name: str, arguments: Sequence[str] = ()) -> tuple[tuple[type, ...], dict[str, Any]]:
+    """The dataclasses of a command's flags, and defaults that are not theirs; both may depend on what is asked for."""
+    module = import_module(f"palm_rlhf_pytorch.cli.{name}")
+    return module.options_for(arguments) if hasattr(module, "options_for") else (module.OPTIONS, {})
 
 
 def runner_of(name: str) -> Callable[..., object]:
@@ -64,7 +70,7 @@ def runner_of(name: str) -> Callable[..., object]:
 
 def remembered(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What the run that --resume goes on with was started with: only flags that change need to be given again."""
-    fields = {field.name: field for cls in options_of(name) for field in dataclasses.fields(cls)}
+    fields = {field.name: field for cls in options_of(name, arguments)[0] for field in dataclasses.fields(cls)}
     if "--resume" not in arguments or "resume" not in fields:
         return {}
     run_directory = import_module("palm_rlhf_pytorch.run_directory")
@@ -80,8 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", handlers=[LogLines()])
     logging.getLogger("palm_rlhf_pytorch").setLevel(logging.INFO)
     try:
-        namespace = build_parser(name, name and remembered(name, arguments)).parse_args(arguments)
-        runner_of(name)(*(from_flags(cls, namespace) for cls in options_of(name)))
+        if name is None:
+            build_parser().parse_args(arguments)
+        earlier = remembered(name, arguments)
+        if "algorithm" in earlier:  # its flags are those of a run gone on with
+            arguments = [*arguments, "--algorithm", earlier["algorithm"]]
+        namespace = build_parser(name, earlier, arguments).parse_args(arguments)
+        runner_of(name)(*(from_flags(cls, namespace) for cls in options_of(name, arguments)[0]))
     except (ValueError, OSError, KeyError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"palm-rlhf {name}: {message}", file=sys.stderr)

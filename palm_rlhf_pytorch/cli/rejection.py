@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning, text_reward
-from palm_rlhf_pytorch.cli.ppo import prompt_texts
+from palm_rlhf_pytorch.cli.on_policy import prompt_texts
 from palm_rlhf_pytorch.data import read_demonstrations
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
 from palm_rlhf_pytorch.flags import option, required

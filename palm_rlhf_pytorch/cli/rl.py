@@ -1,0 +1,129 @@
+"""palm-rlhf rl: any on-policy algorithm by name, rewards by model or by rule."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palm_rlhf_pytorch.actor import Actor
+from palm_rlhf_pytorch.actor_critic import ActorCritic
+from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
+from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
+from palm_rlhf_pytorch.algorithms.ppo import PPO
+from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, text_reward
+from palm_rlhf_pytorch.cli.on_policy import PracticeOptions, practise, prompt_ids
+from palm_rlhf_pytorch.devices import accelerate_keywords
+from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
+from palm_rlhf_pytorch.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class RLOptions(PracticeOptions):
+    """What to improve, by what reward, on what prompts"""
+
+    reward: tuple[str, ...] = required(
+        "directory of a reward run, or FILE.py:FUNCTION, called with two lists of text (prompts, responses) for a "
+        "number each; of several the mean counts"
+    )
+    algorithm: str = option("grpo", "how to learn; its own flags are below", choices=tuple(ALGORITHMS))
+    out: str = option("runs/rl", "directory of the run")
+
+
+@dataclass(frozen=True)
+class RLLearning:
+    """How any of them learns"""
+
+    lora: bool = option(True, "train adapters on a frozen trunk, which is the reference too")
+    lora_r: int = option(16, "rank of the adapters", least=1)
+    actor_lr: float = option(1e-3, "learning rate of the policy", least=0)
+    own_lr: float = option(2e-3, "learning rate of the algorithm's own parts (a critic, log Z)", least=0)
+    epochs: int = option(1, "passes over each batch of rollouts", least=1)
+    minibatch_size: int = option(64, "sequences of an optimiser step; a prompt's samples stay together", least=1)
+    micro_batch_size: int | None = option(None, "sequences computed at once (default: the whole minibatch)", least=1)
+    max_norm: float = option(1.0, "gradient norm to clip at", least=1e-6)
+    normalize_reward: bool = option(False, "scale rewards to mean 0, std 1 on the starting policy's samples")
+    missing_eos_penalty: float = option(0.0, "taken from the reward of a response that did not finish")
+
+
+def options_for(arguments: Sequence[str]) -> tuple[tuple[type, ...], dict[str, Any]]:
+    """The dataclasses whose flags there are, and defaults of the algorithm that the arguments name."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--algorithm", default=RLOptions.__dataclass_fields__["algorithm"].default)
+    name = early.parse_known_args(list(arguments))[0].algorithm
+    cls = algorithm_class(name)
+    return (RLOptions, cls.Options, RLLearning, PrecisionOptions, RunOptions), dict(cls.defaults)
+
+
+def rule(place: str) -> Callable[..., Any]:
+    """The function that FILE.py:FUNCTION names."""
+    path, _, name = place.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward {place!r}: there is no file {path!r}")
+    spec = spec_from_file_location(Path(path).stem, path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--reward {place!r}: {path} has no function {name!r}")
+    return function
+
+
+def rewards(options: RLOptions, device: torch.device) -> Any:
+    """One reward of all that --reward names: the mean of several."""
+    rules = [place for place in options.reward if ".py:" in place]
+    members = [rule(place) for place in rules]
+    directories = [place for place in options.reward if place not in rules]
+    if directories:
+        members.append(text_reward(directories, device, options.whole_text, options.max_seq_len))
+    if len(members) == 1:
+        return members[0]
+
+    def mean(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        scores = [torch.as_tensor(member(prompts, responses), dtype=torch.float32) for member in members]
+        weights = [1.0] * len(rules) + [float(len(directories))] * bool(directories)
+        return sum(s * w for s, w in zip(scores, weights, strict=True)) / sum(weights)
+
+    return mean
+
+
+def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
+    directory, device = where.start(options.out, options.seed)
+    source = RunDirectory(options.model)
+    palm, tokenizer = source.palm().to(device), source.tokenizer()
+    reward, ids = rewards(options, device), prompt_ids(options, tokenizer)
+    log = directory.start("rl", where.resume, tokenizer, options=options, own=own, learning=learning, compute=compute)
+    cls = algorithm_class(options.algorithm)
+    build = partial(cls, palm.dim) if cls is FlowRL else cls
+    algorithm = build(own_optim={"lr": learning.own_lr}, **dataclasses.asdict(own))
+    critic = partial(ActorCritic, critic_lora=learning.lora, critic_lora_r=learning.lora_r, critic_dim_out=1)
+    trainer = KeywordTrainer(
+        algorithm,
+        palm=palm,
+        reward_model=reward,
+        make_actor=critic if cls is PPO else Actor,
+        prompt_token_ids=ids,
+        pad_value=tokenizer.pad_id,
+        tokenizer=tokenizer,
+        actor_lora=learning.lora,
+        actor_lora_r=learning.lora_r,
+        actor_lr=learning.actor_lr,
+        epochs=learning.epochs,
+        minibatch_size=learning.minibatch_size,
+        micro_batch_size=learning.micro_batch_size,
+        max_norm=learning.max_norm,
+        normalize_reward=learning.normalize_reward,
+        missing_eos_penalty=learning.missing_eos_penalty,
+        seed=options.seed,
+        metrics_path=log.path,
+        accelerate_kwargs=accelerate_keywords(device, compute.precision),
+    )
+    return practise(trainer, options, directory, tokenizer, where.resume)
