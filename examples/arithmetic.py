@@ -2,8 +2,8 @@
 
     python examples/arithmetic.py --seed 0
 
-A PaLM reads lines like `37+85=122` for a while, until it has the form but not the carry; then it practises on problems of
-its own, with a reward of 1 for a right answer. A tenth of all problems is held out from both. Prints the share of these
+A PaLM reads sums like `37+85=122` for a while, until it solves some; then it practises on problems alone, with a reward
+of 1 for a right answer. A tenth of all problems is held out from both. Prints the share of these
 that it solves, before and after, and writes the curve.
 """
 

@@ -68,6 +68,7 @@ class RLHFTrainer(KeywordTrainer):
         if use_score_centering:
             algorithm = ScoreCentering(topk=score_centering_topk, weight_fn=score_centering_weight_fn, **options)
             algorithm.advantage = compared.advantage
+            algorithm.normalization = dr_grpo_constant or algorithm.normalization
         else:
             algorithm = compared
         if use_simple_policy_optimization:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, centred
-from palm_rlhf_pytorch.experience import Experience
 
 
 def over_success(rewards: Tensor) -> Tensor:
     """(R - mean) / mean in each group of rewards (groups, g): the mean score of the successes less that of all, and 0
-    where all fail or all succeed. 1e-6 as in the paper's code.
+    where all fail or all succeed. 1e-6 as in the paper's code. Other rewards than 0 and 1 are refused.
     """
+    if not ((rewards == 0) | (rewards == 1)).all():
+        raise ValueError(f"MaxRL needs rewards of 0 or 1, got from {rewards.min():.3g} to {rewards.max():.3g}")
     return centred(rewards) / (rewards.mean(dim=-1, keepdim=True) + 1e-6)
 
 
@@ -19,9 +20,3 @@ class MaxRL(GroupPolicyGradient):
     """With g samples its gradient is that of log p(success), cut off after g - 1 terms of its series."""
 
     advantage = staticmethod(over_success)
-
-    def target(self, experience: Experience) -> Experience:
-        scores = experience.scores
-        if not ((scores == 0) | (scores == 1)).all():
-            raise ValueError(f"MaxRL needs rewards of 0 or 1, got from {scores.min():.3g} to {scores.max():.3g}")
-        return super().target(experience)

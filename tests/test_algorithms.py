@@ -1,0 +1,663 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import EOS, LENGTHS, PROMPTS, ROLL, TRAIN, made_up, shake, tiny_actor_critic, tiny_palm
+from torch.optim import SGD, AdamW
+
+from palm_rlhf_pytorch import ops, score_centering_loss
+from palm_rlhf_pytorch.actor import Actor, PolicyOutput
+from palm_rlhf_pytorch.algorithm import Algorithm
+from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, score_centering
+from palm_rlhf_pytorch.algorithms.dapo import DAPO
+from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
+from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
+from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
+from palm_rlhf_pytorch.algorithms.gspo import GSPO, per_token_mean
+from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
+from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped, k3
+from palm_rlhf_pytorch.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline, k2
+from palm_rlhf_pytorch.algorithms.rloo import RLOO, leave_one_out, of_sequence
+from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
+from palm_rlhf_pytorch.algorithms.spo import penalised
+from palm_rlhf_pytorch.algorithms.tpo import TPO, z_scores
+from palm_rlhf_pytorch.experience import Experience, padded
+from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.trainer import Learner, LearnOptions, OnPolicyTrainer, by_token
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+def grouped(scores, responses=(3, 1, 4, 2), group_ids=None, seed=0):
+    """Made-up experience, by default of one group."""
+    e = made_up(responses, (2, 3, 1, 2)[: len(responses)] if len(responses) <= 4 else (2,) * len(responses), seed)
+    ids = torch.zeros(len(e), dtype=torch.long) if group_ids is None else torch.tensor(group_ids)
+    return replace(e, scores=torch.tensor(scores), group_ids=ids)
+
+
+def policy_of(log_probs, entropy=None):
+    return PolicyOutput(log_probs, torch.zeros_like(log_probs) if entropy is None else entropy, None)
+
+
+def reduced(algorithm, log_probs, e):
+    losses, _ = algorithm.loss(policy_of(log_probs), e)
+    return (by_token(losses) * ops.token_shares(e.response_mask, algorithm.normalization)).sum()
+
+
+def gradient(algorithm, e, log_probs=None):
+    log_probs = (e.log_probs if log_probs is None else log_probs).clone().requires_grad_()
+    return torch.autograd.grad(reduced(algorithm, log_probs, e), log_probs)[0]
+
+
+# (h) what shares and groups are
+
+
+def test_token_shares_by_hand():
+    mask = torch.tensor([[False, True, True, True], [False, False, True, False]])
+    cases = {
+        "token": [[0, 1 / 4, 1 / 4, 1 / 4], [0, 0, 1 / 4, 0]],
+        "sequence": [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 1 / 2, 0]],  # 1 / (2 sequences * length)
+        5: [[0, 0.1, 0.1, 0.1], [0, 0, 0.1, 0]],  # 1 / (2 * 5)
+    }
+    for normalization, expected in cases.items():
+        torch.testing.assert_close(ops.token_shares(mask, normalization), torch.tensor(expected))
+
+
+def test_groups_go_there_and_back():
+    ids, values = torch.tensor([7, 2, 7, 2, 9, 9]), torch.arange(6.0)
+    groups = ops.to_groups(values, ids)
+    assert groups.tolist() == [[1.0, 3.0], [0.0, 2.0], [4.0, 5.0]]
+    assert torch.equal(ops.from_groups(groups, ids), values)
+    with pytest.raises(ValueError, match="do not split groups"):
+        ops.to_groups(values[:5], ids[:5])
+
+
+# (a) advantages and surrogates
+
+
+def test_grpo_compares_within_groups():
+    scores = [1.0, 5.0, 2.0, 2.0, 0.0, 2.0]
+    ids = [0, 1, 0, 1, 0, 1]
+    e = grouped(scores, (3, 1, 4, 2, 2, 1), ids)
+    a = GRPO(kl=0.0).target(e).advantages
+    first = torch.stack([row[m][0] for row, m in zip(a, e.response_mask, strict=True)])
+    # group 0: (1, 2, 0), mean 1, std 1; group 1: (5, 2, 2), mean 3, std sqrt(3); over std + 1e-4
+    s = math.sqrt(3)
+    expected = tensor(0.0, 2 / (s + 1e-4), 1 / 1.0001, -1 / (s + 1e-4), -1 / 1.0001, -1 / (s + 1e-4))
+    torch.testing.assert_close(first, expected)
+    assert (a[~e.response_mask] == 0).all() and (a[2][e.response_mask[2]] == a[2].max()).all()
+
+
+def test_grpo_sums_to_zero_and_knows_no_units():
+    rewards = torch.randn(5, 6)
+    torch.testing.assert_close(standardised(rewards).sum(-1), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standardised(3 * rewards + 7), standardised(rewards), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(standardised(-rewards), standardised(rewards))
+
+
+@pytest.mark.parametrize("cls", [GRPO, DrGRPO, RLOO, DAPO, GSPO, MaxRL])
+def test_a_flat_group_teaches_nothing(cls):
+    algorithm = cls(kl=0.0)
+    for scores, moves in (([1.0] * 4, False), ([1.0, 0.0, 0.0, 1.0], True)):
+        e = algorithm.target(grouped(scores))
+        assert bool(gradient(algorithm, e).abs().sum() > 1e-4) is moves
+
+
+def test_rloo_is_k_over_k_less_one_times_centred():
+    torch.testing.assert_close(leave_one_out(tensor(3.0, 0.0, 0.0)), tensor(3.0, -1.5, -1.5))  # 3 - 0, 0 - 3 / 2
+    rewards = torch.randn(4, 5)
+    torch.testing.assert_close(leave_one_out(rewards), 5 / 4 * (rewards - rewards.mean(-1, keepdim=True)))
+
+
+def test_rloo_has_the_kl_in_the_reward():
+    e = grouped([1.0, 0.0, 0.0, 0.0])
+    rewards = e.scores - 0.5 * (e.log_probs - e.ref_log_probs).sum(-1)
+    a = RLOO(kl=0.5).target(e).advantages
+    torch.testing.assert_close(a.amax(-1) + a.amin(-1), leave_one_out(rewards))  # one of the two is the mask's 0
+
+
+def test_dr_grpo_gives_each_token_the_same_gradient():
+    scores = [1.0, -1.0, 1.0, -1.0]  # A = R, the mean being 0
+    for cls, same in ((DrGRPO, True), (GRPO, False)):
+        algorithm = cls(kl=0.0, **({"max_response": 10} if same else {}))
+        e = algorithm.target(grouped(scores))
+        sizes = gradient(algorithm, e)[e.response_mask].abs()
+        assert torch.allclose(sizes, sizes[0]) is same
+        if same:
+            assert sizes[0].item() == pytest.approx(1 / 40)  # |A| / (4 sequences * 10)
+
+
+def test_max_rl_by_hand():
+    # (1,0,0,0): mean 1/4, so (3/4)/(1/4) = 3 and -1; (1,1,0,0): 1 and -1; nothing where all are alike
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    expected = torch.tensor([[3.0, -1, -1, -1], [1, 1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(over_success(rewards), expected, atol=2e-5, rtol=0)
+    # the gradient: the mean score of the successes less that of all; one-token answers, score of i = e_i
+    for row in rewards[:2]:
+        e = grouped(row.tolist(), (1, 1, 1, 1))
+        algorithm = MaxRL()
+        found = -gradient(algorithm, algorithm.target(e))[e.response_mask]
+        torch.testing.assert_close(found, row / row.sum() - 1 / 4, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="rewards of 0 or 1"):
+        MaxRL().target(grouped([0.5, 0.0, 1.0, 1.0]))
+
+
+def test_reinforce_pp_is_whitened_over_the_batch():
+    e = replace(made_up((2, 1), (1, 1)), scores=tensor(1.0, 0.0))
+    e.log_probs = torch.tensor([[0.0, 0.2, 0.4], [0.0, 0.0, 0.0]])
+    e.ref_log_probs = torch.zeros(2, 3)
+    # with beta 0.5: 1 - 0.5 (0.2 + 0.4) = 0.7, 1 - 0.5 * 0.4 = 0.8, 0; mean 0.5, variance (0.04 + 0.09 + 0.25) / 3
+    std = math.sqrt(0.38 / 3)
+    expected = torch.tensor([[0.0, 0.2 / std, 0.3 / std], [0.0, -0.5 / std, 0.0]])
+    torch.testing.assert_close(ReinforcePP(kl=0.5).target(e).advantages, expected)
+    # with a baseline: 0.5, 0.5, -0.5; mean 1/6, variance 2/9: (1/3) / sqrt(2/9) = 1 / sqrt 2, -2 / sqrt 2
+    e.group_ids = torch.tensor([3, 3])
+    r = 1 / math.sqrt(2)
+    expected = torch.tensor([[0.0, r, r], [0.0, -2 * r, 0.0]])
+    torch.testing.assert_close(ReinforcePPBaseline(samples_per_prompt=2).target(e).advantages, expected)
+
+
+def test_spo_by_hand():
+    # A rho - |A| (rho - 1)^2 / (2 * 0.2): 2 * 1.2 - 2 * 0.04 / 0.4 = 2.2; 2; -0.8 - 0.04 / 0.4 = -0.9
+    loss = penalised(tensor(1.2, 1.0, 0.8), tensor(2.0, 2.0, -1.0), 0.2, 0.2)
+    torch.testing.assert_close(loss, tensor(-2.2, -2.0, 0.9))
+    # the slope is -(A - |A| (rho - 1) / eps): 0 at 1 + sign(A) eps, also of two ranges; at 1.5 -(2 - 2 * 0.5 / 0.2) = 3
+    ratio = tensor(1.3, 0.8, 1.5).requires_grad_()
+    ranges = ((0.2, 0.3), (0.2, 0.3), (0.2, 0.2))
+    advantages = (3.0, -0.7, 2.0)
+    losses = [penalised(r, torch.tensor(a), *lh) for r, a, lh in zip(ratio, advantages, ranges, strict=True)]
+    torch.testing.assert_close(torch.autograd.grad(sum(losses), ratio)[0], tensor(0.0, 0.0, 3.0), atol=1e-5, rtol=1e-5)
+
+
+def test_clip_higher_by_hand():
+    ratio, a = tensor(1.25, 1.5, 0.7, 1.5, 0.7), tensor(1.0, 1.0, -1.0, -1.0, 1.0)
+    torch.testing.assert_close(clipped(ratio, a, 0.2, 0.28), tensor(-1.25, -1.28, 0.8, 1.5, -0.7))
+    assert DAPO().options.clip_range == (0.2, 0.28) and GRPO().options.clip_range == (0.2, 0.2)
+    assert DAPO().normalization == "token" and not DAPO().needs_reference
+
+
+def test_ratios_of_responses_by_hand():
+    log_ratio = torch.tensor([[0.0, 0.1, 0.3, 0.0], [0.0, -0.6, 0.0, 0.0]])
+    mask = torch.tensor([[False, True, True, False], [False, True, True, True]])
+    # GSPO: means 0.4 / 2, -0.6 / 3; RLOO: sums
+    assert per_token_mean(log_ratio, mask)[:, 1].tolist() == pytest.approx([0.2, -0.2])
+    assert of_sequence(log_ratio, mask)[:, 1].tolist() == pytest.approx([0.4, -0.6])
+    assert GSPO().options.clip_range == (3e-4, 4e-4)
+
+
+def test_gspo_loss_by_hand():
+    e = grouped([1.0, 0.0], (2, 1), [0, 0])
+    algorithm = GSPO(kl=0.0, eps_clip=0.1, eps_clip_high=0.15)
+    e = algorithm.target(e)
+    log_probs = e.log_probs + torch.tensor([0.2, 0.5])[:, None] * e.response_mask
+    # A = +-0.5 / (sqrt 0.5 + 1e-4); s = e^0.2 is clipped to 1.15, e^0.5 is not (A < 0): the mean of the two
+    a = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert reduced(algorithm, log_probs, e).item() == pytest.approx((-a * 1.15 + a * math.exp(0.5)) / 2)
+
+
+def test_entropy_shaping_by_hand():
+    entropy = torch.ones(4, requires_grad=True)
+    shaped = entropy_shaped(tensor(1.0, -1.0, 0.1, 0.0), entropy, 0.4, 2.0)
+    # min(0.4, |A| / 2): 0.4, 0.4, 0.05, 0
+    torch.testing.assert_close(shaped, tensor(1.4, -0.6, 0.15, 0.0))
+    assert not shaped.requires_grad
+    algorithm = GRPO(kl=0.0, entropy_advantage=0.4)
+    e = algorithm.target(grouped([1.0, 0.0, 0.0, 0.0]))
+    loss, _ = algorithm.loss(policy_of(e.log_probs, e.response_mask.float()), e)
+    expected = -(e.advantages + (e.advantages.abs() / 2).clamp(max=0.4))  # the ratio is 1
+    torch.testing.assert_close(loss[e.response_mask], expected[e.response_mask])
+
+
+def test_kl_estimates():
+    d = torch.tensor(math.log(2))
+    assert k3(torch.tensor(0.0), d).item() == pytest.approx(2 - 1 - math.log(2))
+    assert k2(torch.tensor(0.0), d).item() == pytest.approx(math.log(2) ** 2 / 2)
+    p, ref = torch.randn(7).softmax(-1), torch.randn(7).softmax(-1)
+    exact = (p * (p / ref).log()).sum()
+    torch.testing.assert_close((p * k3(p.log(), ref.log())).sum(), exact)
+    assert (k3(p.log(), ref.log()) >= 0).all()
+    # with samples of p held fixed, k2's gradient is that of KL(p || ref)
+    logits = torch.randn(7).requires_grad_()
+    p = logits.softmax(-1)
+    wanted = torch.autograd.grad((p * (p / ref).log()).sum(), logits)[0]
+    p = logits.softmax(-1)
+    found = torch.autograd.grad((p.detach() * k2(logits.log_softmax(-1), ref.log())).sum(), logits)[0]
+    torch.testing.assert_close(found, wanted)
+
+
+# trainers
+
+
+def first_is_even(prompts, responses):
+    return [float(response[0] % 2 == 0) for response in responses]
+
+
+def build(name, optimizer_class=AdamW, lr=1e-2, reward=first_is_even, seed=0, learn=None, algorithm=None, **options):
+    optim = {"lr": lr}
+    if algorithm is None:
+        if name != "ppo":
+            options.setdefault("samples_per_prompt", 1 if name == "reinforce_pp" else 4)
+        if name == "reinforce_pp":
+            options.pop("samples_per_prompt")
+        if name == "flowrl":
+            options = {"dim": 16, "z_hidden": 8, **options}
+        algorithm = algorithm_class(name)(actor_optim=optim, own_optim=optim, **options)
+    if name == "ppo":
+        actor = tiny_actor_critic()
+    else:
+        actor = Actor(tiny_palm())
+        shake(actor.actor_parameters())
+    learn = LearnOptions(**{"minibatch_size": 16, **(learn or {})})
+    prompts = Prompts(PROMPTS.repeat(3, 1))
+    return OnPolicyTrainer(
+        actor, algorithm, reward, prompts, optimizer_class=optimizer_class, seed=seed, learn_options=learn
+    )
+
+
+def parameters(trainer):
+    return [p for group in trainer.optimizer.param_groups for p in group["params"]]
+
+
+def step_of(trainer, e):
+    """What a step of SGD at rate 1 takes off, the weights put back."""
+    before = [p.detach().clone() for p in parameters(trainer)]
+    trainer._take_step(e, 1.0)
+    moved = [b - p.detach() for b, p in zip(before, parameters(trainer), strict=True)]
+    with torch.no_grad():
+        for p, b in zip(parameters(trainer), before, strict=True):
+            p.copy_(b)
+    return moved
+
+
+def off_policy(name, **kwargs):
+    """A trainer and experience of a policy that it has since moved from."""
+    trainer = build(name, SGD, lr=1.0, learn={"minibatch_size": 100}, **kwargs)
+    e = trainer.roll_out(8, 8, ROLL)
+    assert len(e.lengths.unique()) > 2
+    shake(trainer.actor_critic.actor_parameters(), seed=5, std=0.03)
+    return trainer, e
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+    assert sum(b.abs().sum() for b in theirs) > 1e-3
+
+
+def untimed(history):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in history]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_resumed_run_takes_the_same_next_step(name, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    trainer = build(name, learn={"epochs": 2})
+    before = [p.detach().clone() for p in parameters(trainer)]
+    trainer.train(8, **TRAIN)
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    assert all(math.isfinite(value) for value in trainer.history[0].values())
+    trainer.save(path)
+    trainer.train(8, **TRAIN)
+    resumed = build(name, learn={"epochs": 2}, seed=99)
+    resumed.load(path)
+    resumed.train(8, **TRAIN)
+    assert untimed(resumed.history) == untimed(trainer.history) and len(resumed.history) == 2
+    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(trainer), strict=True))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_micro_batches_change_nothing(name, monkeypatch):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 1)
+    trainer, e = off_policy(name)
+    e = trainer.algorithm.target(e)
+    calls, forward = [], Learner.forward
+    monkeypatch.setattr(Learner, "forward", lambda s, e, *rest: calls.append(len(e)) or forward(s, e, *rest))
+    found = {}
+    for micro in (None, 1, 3):
+        trainer.options = replace(trainer.options, micro_batch_size=micro)
+        monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 10**6 if micro is None else 1)
+        calls.clear()
+        found[micro] = step_of(trainer, e), len(calls)
+    parts = len(trainer.learner.parts)
+    assert found[None][1] == parts and found[1][1] > 2 * parts
+    assert_close(found[1][0], found[None][0])
+    assert_close(found[3][0], found[None][0])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_padding_changes_nothing(name):
+    trainer, e = off_policy(name)
+    wider = Experience.of({key: padded(t, t.shape[1] + 3) if t.ndim > 1 else t for key, t in e.tensors().items()})
+    assert wider.sequence.shape[1] == e.sequence.shape[1] + 3
+    losses, gradients = [], []
+    for one in (e, wider):
+        loss, _ = trainer.learner(trainer.algorithm.target(one), 1.0)
+        losses.append(loss.item())
+        grads = torch.autograd.grad(loss, parameters(trainer), allow_unused=True)
+        gradients.append([torch.zeros(()) if g is None else g for g in grads])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert_close(gradients[1], gradients[0])
+
+
+def test_dapo_replaces_refused_groups():
+    """Of four prompts two score the same whatever is answered: others are drawn in their place."""
+    rounds = []
+    for seed in range(4):
+        count = 0
+
+        def reward(prompts, responses):
+            nonlocal count
+            scores = []
+            for prompt in prompts:
+                scores.append(0.0 if int(prompt[0]) in (2, 6) else float(count % 2))
+                count += 1
+            return scores
+
+        trainer = build("dapo", reward=reward, seed=seed, samples_per_prompt=2)
+        trainer.prompts = Prompts(PROMPTS)
+        e = trainer.roll_out(2, 8, ROLL)
+        assert len(e) == 4 and trainer.algorithm.keep(e).all()
+        assert set(e.sequence[:, 0].tolist()) <= {8, 9} and len(e.group_ids.unique()) == 2
+        rounds.append(count // 4)
+    assert max(rounds) > 1
+    seen = []
+    trainer = build("dapo", reward=lambda p, r: seen.extend(r) or [1.0] * len(r), samples_per_prompt=2)
+    e = trainer.roll_out(2, 8, ROLL)
+    assert len(e) == 4 and not trainer.algorithm.keep(e).any()
+    assert len(seen) == 4 * trainer.algorithm.sampling_rounds == 16
+
+
+# (b) TPO
+
+
+def test_tpo_has_the_gradient_p_less_q():
+    tpo = TPO(samples_per_prompt=3, eta=0.5)
+    e = grouped([0.0, 1.0, 2.0], (3, 1, 4))
+    target = tpo.target(e)
+    moved = e.log_probs + 0.3 * torch.randn(e.log_probs.shape) * e.response_mask
+    u = tensor(-1.0, 0.0, 1.0) * math.sqrt(1.5)  # population variance 2 / 3
+    torch.testing.assert_close(z_scores(e.scores[None])[0], u)
+    q = e.log_probs.sum(-1).softmax(-1) * (u / 0.5).exp()
+    q, p = q / q.sum(), moved.sum(-1).softmax(-1)
+    torch.testing.assert_close(target.extra["tpo_target"], q)
+    found = gradient(tpo, target, moved)
+    for row, mask, expected in zip(found, e.response_mask, p - q, strict=True):
+        torch.testing.assert_close(row[mask], expected.expand(int(mask.sum())))
+
+
+def test_tpo_counts_prompts_the_same_and_learns_nothing_from_a_flat_one():
+    tpo = TPO(samples_per_prompt=2)
+    e = tpo.target(grouped([1.0, 1.0, 0.0, 1.0], group_ids=[0, 0, 1, 1]))
+    found = gradient(tpo, e)
+    assert found[:2].abs().max() < 1e-6 < found[2:].abs().max()
+    p = e.log_probs[2:].sum(-1).softmax(-1)
+    assert found[2][e.response_mask[2]][0].item() == pytest.approx(float(p[0] - e.extra["tpo_target"][2]) / 2)
+
+
+def test_tpo_keeps_groups_whole(monkeypatch):
+    monkeypatch.setitem(ops.LEAST_TOKENS, "cpu", 1)
+    trainer, e = off_policy("tpo")
+    e = trainer.algorithm.target(e)
+    for rows in e.parts(1, trainer.algorithm.whole_groups):
+        assert (e.group_ids[rows].unique(return_counts=True)[1] == 4).all()
+    assert len(e.parts(1, trainer.algorithm.whole_groups)) > 1
+
+
+# (c) FlowRL
+
+
+def bandit():
+    """Three answers of one token; the starting policy is (0.5, 0.3, 0.2), rewards in standard deviations -1, 0, 1."""
+    e = grouped([0.0, 1.0, 2.0], (1, 1, 1))
+    start = tensor(0.5, 0.3, 0.2)
+    flow = FlowRL(4, beta=1.0, z_hidden=4, samples_per_prompt=3)
+    ref = torch.zeros_like(e.log_probs)
+    ref[e.response_mask] = start.log()
+    e = replace(e, ref_log_probs=ref).with_extra(prompt_state=torch.randn(1, 1, 4).expand(3, 1, 4))
+    weight = start * tensor(-1.0, 0.0, 1.0).exp()  # pi = ref e^R / Z
+    best = torch.zeros_like(e.log_probs)
+    best[e.response_mask] = (weight / weight.sum()).log()
+    return flow, replace(flow.target(e), log_probs=best), best, weight.sum().log()
+
+
+def test_flowrl_is_at_rest_at_its_optimum():
+    flow, e, best, log_z = bandit()
+    assert reduced(flow, best, e).item() == pytest.approx(float(log_z) ** 2, rel=1e-3)  # its own starts at 0
+    with torch.no_grad():
+        flow.partition_function.layers[-1].bias.fill_(log_z)
+    assert reduced(flow, best, e).item() < 1e-10
+    assert gradient(flow, e, best).abs().max() < 1e-5
+    # one log-prob higher by 0.1: the residual is 0.1, w = e^0.1, a mean of three
+    off = best.clone()
+    off[0, 2] += 0.1
+    assert reduced(flow, off, e).item() == pytest.approx(math.exp(0.1) * 0.01 / 3, rel=1e-3)
+    off[0, 2] += 0.4  # the weight is clipped at 1.2
+    assert reduced(flow, off, e).item() == pytest.approx(1.2 * 0.25 / 3, rel=1e-3)
+
+
+def test_what_log_z_reads_does_not_learn():
+    trainer = build("flowrl")
+    e = trainer.roll_out(4, 8, ROLL)
+    state = e.extra["prompt_state"]
+    assert state.shape == (16, 1, 16) and not state.requires_grad
+    row = e.sequence[5][e.prompt_mask[5]]
+    with torch.no_grad():
+        alone = trainer.palm(row[None], return_only_embedding=True, finetune_scope="actor").mean(1)
+    torch.testing.assert_close(state[5], alone, atol=1e-5, rtol=1e-4)
+    e = trainer.algorithm.target(e)
+    policy = trainer.actor_critic.log_probs(e.sequence, e.response_mask)
+    _, numbers = trainer.algorithm.loss(policy, e)
+    numbers["log_z"].sum().backward()
+    assert all(p.grad is None for p in trainer.actor_critic.actor_parameters())
+    assert trainer.algorithm.partition_function.layers[-1].bias.grad.item() == 16
+
+
+def test_log_z_is_saved(tmp_path):
+    trainer = build("flowrl").train(8, **TRAIN)
+    trainer.save(tmp_path / "checkpoint.pt")
+    again = build("flowrl").load(tmp_path / "checkpoint.pt")
+    ours, theirs = (t.algorithm.partition_function.state_dict() for t in (again, trainer))
+    assert ours and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert theirs["layers.6.weight"].abs().sum() > 0
+
+
+# (d) score centering
+
+
+def distributions(*shape):
+    return torch.randn(*shape).requires_grad_(), torch.randn(*shape).softmax(-1)
+
+
+def test_centering_corrects_nothing_on_policy():
+    logits, _ = distributions(2, 3, 6)
+    actions, a = torch.randint(0, 6, (2, 3)), torch.randn(2)
+    log_p = logits.log_softmax(-1)
+    plain = (-a[:, None] * log_p.gather(-1, actions[..., None]).squeeze(-1)).sum()
+    wanted = torch.autograd.grad(plain, logits, retain_graph=True)[0]
+    for topk in (None, 3):
+        loss = score_centering_loss(log_p, log_p.detach().exp(), actions, a, topk).sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], wanted)
+
+
+def test_the_whole_vocabulary_is_topk_of_it():
+    logits, q = distributions(2, 3, 6)
+    actions, a = torch.randint(0, 6, (2, 3)), torch.randn(2, 3)
+    log_p = logits.log_softmax(-1)
+    full, same, fewer = (score_centering_loss(log_p, q, actions, a, k) for k in (None, 6, 2))
+    torch.testing.assert_close(full, same)
+    assert not torch.allclose(full, fewer)
+
+
+def test_equal_advantages_move_nothing():
+    """p = (.6, .4) and q = (.5, .5): uncentred the mean gradient by the logits is q - p = (-.1, .1)."""
+    logits = tensor(0.6, 0.4).log().requires_grad_()
+    q, log_p = tensor(0.5, 0.5), logits.log_softmax(-1)
+    uncentred = torch.autograd.grad((q * log_p).sum(), logits, retain_graph=True)[0]
+    torch.testing.assert_close(uncentred, tensor(-0.1, 0.1))
+    losses = score_centering_loss(log_p.expand(2, 1, 2), q.expand(2, 1, 2), torch.tensor([[0], [1]]), torch.ones(2))
+    found = torch.autograd.grad((q * losses[:, 0]).sum(), logits)[0]
+    torch.testing.assert_close(found, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_topk_coefficients_by_hand():
+    # q_H = (.5, .3), p_H = (.4, .4): rest .2 / .2 = 1, so c = q - p = (.1, -.1)
+    log_p = tensor(0.4, 0.4, 0.2).log().requires_grad_()
+    score_centering.centre(log_p, tensor(0.5, 0.3), torch.ones_like, torch.tensor([0, 1])).backward()
+    torch.testing.assert_close(log_p.grad, tensor(0.1, -0.1, 0.0), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("topk", [None, 4, 11])
+def test_chunks_are_the_whole(topk, weighted, monkeypatch):
+    monkeypatch.setattr(score_centering, "chunks", lambda w, *t: list(zip(*(x.split(5) for x in t), strict=True)))
+    weight_fn = (lambda r: r.clamp(max=1.1)) if weighted else torch.ones_like
+    trainer = build("score_centering", topk=topk, weight_fn=weight_fn)
+    e = trainer.algorithm.target(trainer.roll_out(4, 8, ROLL))
+    actor, mask = trainer.actor_critic, e.response_mask
+
+    def log_probs():
+        places = actor.predictions(e.sequence, mask)
+        return (places.embeds @ places.weight.T * places.scale).log_softmax(-1)
+
+    q = log_probs().detach().exp()
+    shake(actor.actor_parameters(), seed=5, std=0.2)
+    ours, _ = trainer.algorithm.loss(actor.log_probs(e.sequence, mask), e)
+    ours = ours[mask]
+    args = (q[None], e.sequence[mask][None], e.advantages[mask][None])
+    theirs = score_centering_loss(log_probs()[None], *args, topk=topk, weight_fn=weight_fn)[0]
+    # the values too: both hold log p, not only its gradient
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    plain = -(e.advantages * actor.log_probs(e.sequence, mask).log_probs)[mask]
+    assert (ours - plain).abs().max() > 1e-2
+    found, wanted = (torch.autograd.grad(t.sum(), actor.actor_parameters()) for t in (ours, theirs))
+    assert_close(found, wanted)
+
+
+def test_centering_keeps_what_sampled_when_all_is_trained():
+    algorithm = ScoreCentering(samples_per_prompt=2, actor_optim={"lr": 1e-2})
+    actor = Actor(tiny_palm(), actor_lora=False)
+    trainer = OnPolicyTrainer(actor, algorithm, first_is_even, Prompts(PROMPTS), seed=0)
+    e = algorithm.target(trainer.roll_out(4, 8, ROLL))
+    mask = e.response_mask
+    places = actor.predictions(e.sequence, mask)
+    q = (places.embeds @ places.weight.T * places.scale).softmax(-1).detach()
+    shake(actor.actor_parameters(), seed=5, std=0.02)  # the vocabulary too
+    ours, _ = algorithm.loss(actor.log_probs(e.sequence, mask), e)
+    places = actor.predictions(e.sequence, mask)
+    log_p = (places.embeds @ places.weight.T * places.scale).log_softmax(-1)
+    theirs = score_centering_loss(log_p[None], q[None], e.sequence[mask][None], e.advantages[mask][None])[0]
+    torch.testing.assert_close(ours[mask], theirs, atol=1e-5, rtol=1e-4)
+
+
+# (f) an algorithm of one's own
+
+
+class Reinforce(Algorithm):
+    samples_per_prompt = 4
+
+    def target(self, experience):
+        centred = experience.scores - experience.scores.mean()
+        return replace(experience, advantages=centred[:, None] * experience.response_mask)
+
+    def loss(self, policy, experience):
+        losses = -experience.advantages * policy.log_probs
+        return losses, {"policy_loss": losses, "entropy": policy.entropy}
+
+
+def test_an_algorithm_of_ones_own_learns():
+    trainer = build(
+        "", algorithm=Reinforce({"lr": 2e-2}), reward=lambda p, r: [float((x == 5).float().mean()) for x in r]
+    )
+    trainer.train(30 * 8, max_timesteps=1, update_timesteps=8, max_batch_size=8, max_seq_len=7, eos_token=EOS)
+    rewards = [row["reward"] for row in trainer.history]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2
+    with pytest.raises(NotImplementedError, match="Algorithm needs a target"):
+        Algorithm().target(None)
+    assert len(LENGTHS) == len(PROMPTS)
+
+
+# (g) another implementation
+
+
+def trl_stub(log_probs, loss_type="grpo", level="token", beta=0.0):
+    from collections import defaultdict
+    from types import SimpleNamespace
+
+    def same(x, *args, **kwargs):
+        return x
+
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (log_probs, torch.zeros_like(log_probs), None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=level,
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        max_completion_length=10,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            num_processes=1, sync_gradients=True, gather=same, gather_for_metrics=same, reduce=same
+        ),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+    )
+
+
+def beside_trl(algorithm):
+    e = algorithm.target(grouped([1.0, 0.0, 0.0, 2.0]))
+    e.log_probs = e.log_probs * 0.5
+    now = (e.log_probs + 0.3 * torch.randn(e.log_probs.shape)) * e.response_mask
+    now.requires_grad_()
+    mask = e.response_mask.long()
+    inputs = dict(
+        prompt_ids=torch.zeros(4, 1, dtype=torch.long),
+        prompt_mask=torch.ones(4, 1, dtype=torch.long),
+        completion_ids=e.sequence,
+        completion_mask=mask,
+        advantages=e.advantages.amax(-1) + e.advantages.amin(-1),  # one of the two is the mask's 0
+        old_per_token_logps=e.log_probs,
+        old_logps=e.log_probs.sum(-1),
+        ref_per_token_logps=e.ref_log_probs,
+        num_items_in_batch=mask.sum(),
+    )
+    return e, now, inputs
+
+
+def assert_agree(algorithm, e, now, theirs):
+    ours = reduced(algorithm, now, e)
+    torch.testing.assert_close(ours, theirs)
+    a, b = (torch.autograd.grad(t, now)[0] for t in (ours, theirs))
+    torch.testing.assert_close(a[e.response_mask], b[e.response_mask])
+    assert b.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
+def test_trl_has_the_same_grpo(loss_type, level, beta):
+    trl = pytest.importorskip("trl")
+    cls = {"grpo": GRPO, "dr_grpo": DrGRPO}.get(loss_type, DAPO)
+    more = {"max_response": 10} if cls is DrGRPO else {}
+    algorithm = cls(kl=beta, eps_clip=0.2, eps_clip_high=0.28, **more)
+    if level == "sequence":
+        algorithm.log_ratio = per_token_mean
+    e, now, inputs = beside_trl(algorithm)
+    theirs = trl.GRPOTrainer._compute_loss(trl_stub(now, loss_type, level, beta), None, inputs)
+    assert_agree(algorithm, e, now, theirs)
+
+
+def test_trl_has_the_same_rloo():
+    trl = pytest.importorskip("trl")
+    algorithm = RLOO(eps_clip=0.2, eps_clip_high=0.28)
+    e, now, inputs = beside_trl(algorithm)
+    assert_agree(algorithm, e, now, trl.RLOOTrainer._compute_loss(trl_stub(now), None, inputs))
