@@ -446,6 +446,8 @@ def test_a_resumed_rl_equals_an_uninterrupted_one(files, rules, tmp_path, monkey
     assert run("rl --resume --out {out}", out=tmp_path / "parts") == 0
     assert_same_weights(tmp_path / "whole" / "model.safetensors", tmp_path / "parts" / "model.safetensors")
     assert run("generate --model {out} --prompt the --max-new-tokens 3", out=tmp_path / "whole") == 0
+    for row in read_metrics(tmp_path / "whole" / "metrics.jsonl"):  # the mean of both
+        assert row["reward"] == pytest.approx((row["reward/short"] + row["reward/model"]) / 2, abs=1e-5)
 
 
 @pytest.mark.parametrize(

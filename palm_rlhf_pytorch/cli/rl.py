@@ -78,21 +78,18 @@ def rule(place: str) -> Callable[..., Any]:
 
 
 def rewards(options: RLOptions, device: torch.device) -> Any:
-    """One reward of all that --reward names: the mean of several."""
+    """What --reward names; of several the mean, and each is logged."""
     rules = [place for place in options.reward if ".py:" in place]
-    members = [rule(place) for place in rules]
     directories = [place for place in options.reward if place not in rules]
+    members = {place.rpartition(":")[2]: (rule(place), 1.0) for place in rules}
+    if len(members) < len(rules):
+        raise ValueError("--reward: functions need names of their own, two of the same name were given")
     if directories:
-        members.append(text_reward(directories, device, options.whole_text, options.max_seq_len))
+        model = text_reward(directories, device, options.whole_text, options.max_seq_len)
+        members["model"] = (model, float(len(directories)))
     if len(members) == 1:
-        return members[0]
-
-    def mean(prompts: list[str], responses: list[str]) -> torch.Tensor:
-        scores = [torch.as_tensor(member(prompts, responses), dtype=torch.float32) for member in members]
-        weights = [1.0] * len(rules) + [float(len(directories))] * bool(directories)
-        return sum(s * w for s, w in zip(scores, weights, strict=True)) / sum(weights)
-
-    return mean
+        return next(iter(members.values()))[0]
+    return {name: (member, weight / len(options.reward)) for name, (member, weight) in members.items()}
 
 
 def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
