@@ -4,8 +4,8 @@
 
 forced: one prompt, one rewarded next token. reversal: tokens of two kinds are to be reversed, and only the whole answer
 is rewarded (TPO, 2604.06159, section 3.6: 2 layers, width 64, 8 samples of 100 prompts, 4 epochs). modes: four answers
-are equally right; how many are left at the end? The control pays the same rewards out at random. Prints a table of
-means and quartiles over seeds, and with --plot the curves.
+are equally right; how many are left at the end? The control pays the same rewards to other answers. Prints a table with
+the mean over seeds and each of them, and with --plot the curves.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Task:
 
 
 def reversal(length: int, updates: int) -> Task:
-    """All prompts of `length` tokens out of two."""
-    prompts = torch.tensor(list(product((1, 2), repeat=length)))
-    return Task(f"reversal {length}", 3, prompts, length, lambda p, r: torch.equal(r, p.flip(0)), updates)
+    """All prompts of `length` tokens out of two, after one that marks the start: a rotary model knows no other place."""
+    prompts = torch.tensor([(3, *tokens) for tokens in product((1, 2), repeat=length)])
+    return Task(f"reversal {length}", 4, prompts, length, lambda p, r: torch.equal(r, p[1:].flip(0)), updates)
 
 
 def forced(updates: int) -> Task:
@@ -69,7 +69,7 @@ def modes(updates: int) -> Task:
     return Task("modes", 5, torch.tensor([[1]]), 3, right, updates, batch=16, dim=32, depth=1, measure="modes")
 
 
-def shuffled(reward: Reward, seed: int, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
+def shuffled(reward: Reward, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
     """The same rewards, to other answers."""
     scores = reward(prompts, responses)
     return scores[torch.randperm(len(scores))]
@@ -99,7 +99,7 @@ def build(task: Task, name: str, seed: int, control: bool, lr: float, epochs: in
         algorithm = cls(**options)
     make = partial(ActorCritic, critic_lora=False, critic_dim_out=1) if name == "ppo" else Actor
     samples = algorithm.samples_per_prompt
-    reward = partial(shuffled, task.reward, seed) if control else task.reward
+    reward = partial(shuffled, task.reward) if control else task.reward
     return OnPolicyTrainer(
         make(palm, actor_lora=False),
         algorithm,
@@ -186,7 +186,7 @@ def main() -> None:
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Mean reward over seeds, a panel a task."""
+    """Mean reward over seeds, a line for each task and algorithm."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -3,8 +3,9 @@
     python examples/arithmetic.py --seed 0
 
 A PaLM reads sums like `37+85=122` for a while, until it solves some; then it practises on problems alone, with a reward
-of 1 for a right answer. A tenth of all problems is held out from both. Prints the share of these
-that it solves, before and after, and writes the curve.
+of 1 for a right answer. A tenth of all problems is held out from both. Prints the share of these that it solves, before
+and after, and leaves metrics.jsonl and report.json in --out. The defaults are a start: they were not yet seen to end
+above 80 %.
 """
 
 from __future__ import annotations

@@ -13,6 +13,15 @@ from palm_rlhf_pytorch.experience import Experience
 Losses = tuple[Tensor, dict[str, Tensor]]  # by token (b, n) or by sequence (b,), and numbers of the same shapes
 
 
+def less_entropy(losses: Tensor, policy: PolicyOutput, weight: float) -> Tensor:
+    """Losses (b, n), or (b,) of whole sequences, less weight * entropy by token; as they are where the weight is 0, so
+    that nothing goes backward through the entropy.
+    """
+    if weight == 0:
+        return losses
+    return (losses if losses.ndim == 2 else losses[:, None]) - weight * policy.entropy
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """An algorithm without numbers of its own"""

@@ -108,8 +108,8 @@ class Experience:
             return groups_of_like_length(lengths, max_tokens)
         _, group_of, counts = self.group_ids.unique(return_inverse=True, return_counts=True)
         longest = torch.zeros_like(counts).scatter_reduce(0, group_of, lengths, "amax")
-        least = None if max_tokens is None else max_tokens // int(counts.max())
-        return [torch.isin(group_of, some).nonzero().squeeze(-1) for some in groups_of_like_length(longest, least)]
+        by_row = None if max_tokens is None else max_tokens // int(counts.max())  # a group has so many rows
+        return [torch.isin(group_of, some).nonzero().squeeze(-1) for some in groups_of_like_length(longest, by_row)]
 
     @classmethod
     def cat(cls, parts: Sequence[Experience]) -> Experience:

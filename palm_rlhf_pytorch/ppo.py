@@ -58,7 +58,10 @@ class RLHFTrainer(KeywordTrainer):
             critic_dim_out=critic_num_pred_bins,
         )
         if actor_critic is not None:
-            make_actor = lambda palm, **_: actor_critic  # noqa: E731
+
+            def make_actor(palm: PaLM, **_: Any) -> ActorCritic:
+                return actor_critic
+
             critic_num_pred_bins = actor_critic.value_dim
         elif isinstance(critic, ImplicitPRM):
             critic_num_pred_bins = 1

@@ -661,3 +661,18 @@ def test_trl_has_the_same_rloo():
     algorithm = RLOO(eps_clip=0.2, eps_clip_high=0.28)
     e, now, inputs = beside_trl(algorithm)
     assert_agree(algorithm, e, now, trl.RLOOTrainer._compute_loss(trl_stub(now), None, inputs))
+
+
+@pytest.mark.parametrize("name", ["grpo", "tpo", "flowrl"])
+def test_nothing_goes_backward_through_an_entropy_without_weight(name):
+    """Its gradient would be 0, and cost a pass over the vocabulary."""
+    for weight in (0.0, 0.1):
+        e = replace(made_up((3, 2), (1, 1)), group_ids=torch.zeros(2, dtype=torch.long))
+        options = {"samples_per_prompt": 2, "entropy": weight}
+        algorithm = algorithm_class(name)(*([4] if name == "flowrl" else []), **options)
+        e = algorithm.target(e.with_extra(prompt_state=torch.ones(2, 1, 4)))
+        entropy = torch.rand(e.sequence.shape, requires_grad=True)
+        policy = PolicyOutput(e.log_probs.clone().requires_grad_(), entropy, None)
+        losses, _ = algorithm.loss(policy, e)
+        (gradient,) = torch.autograd.grad(losses.sum(), entropy, allow_unused=True)
+        assert (gradient is None) == (weight == 0)

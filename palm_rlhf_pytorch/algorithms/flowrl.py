@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.actor import Actor, PolicyOutput
-from palm_rlhf_pytorch.algorithm import Algorithm, Losses
+from palm_rlhf_pytorch.algorithm import Algorithm, Losses, less_entropy
 from palm_rlhf_pytorch.algorithms.groups import centred
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
@@ -89,4 +89,4 @@ class FlowRL(Algorithm):
         ratio = (policy.log_probs.detach() - experience.log_probs).sum(dim=-1).exp()
         policy_loss = ratio.clamp(1 - eps, 1 + eps) * residual**2
         numbers = {"policy_loss": policy_loss, "log_z": log_z, "entropy": policy.entropy}
-        return policy_loss[:, None] - self.options.entropy * policy.entropy, numbers
+        return less_entropy(policy_loss, policy, self.options.entropy), numbers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.actor import PolicyOutput
-from palm_rlhf_pytorch.algorithm import Algorithm, Losses
+from palm_rlhf_pytorch.algorithm import Algorithm, Losses, less_entropy
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 
@@ -44,7 +44,7 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tenso
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
 
 
-def by_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
+def of_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """Every token has a ratio of its own."""
     return log_ratio
 
@@ -61,7 +61,7 @@ class PolicyGradient(Algorithm):
 
     Options = PolicyGradientOptions
     surrogate: Callable[[Tensor, Tensor, float, float], Tensor] = staticmethod(clipped)
-    log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(by_token)  # (b, n), mask -> (b, n)
+    log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(of_token)  # (b, n), mask -> (b, n)
     kl_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(k3)  # log_probs, ref_log_probs -> (b, n)
 
     @property
@@ -79,7 +79,7 @@ class PolicyGradient(Algorithm):
             advantages = entropy_shaped(advantages, policy.entropy, options.entropy_advantage, options.entropy_kappa)
         log_ratio = self.log_ratio(policy.log_probs - experience.log_probs, experience.response_mask)
         policy_loss = self.policy_loss(policy, log_ratio, advantages, experience)
-        losses = policy_loss - options.entropy * policy.entropy
+        losses = less_entropy(policy_loss, policy, options.entropy)
         numbers = {"policy_loss": policy_loss, "entropy": policy.entropy, **self.moved(log_ratio.detach())}
         if options.kl and options.kl_in == "loss":
             numbers["kl_loss"] = self.kl_loss(policy.log_probs, experience.ref_log_probs)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.actor import PolicyOutput
-from palm_rlhf_pytorch.algorithm import Algorithm, Losses
+from palm_rlhf_pytorch.algorithm import Algorithm, Losses, less_entropy
+from palm_rlhf_pytorch.algorithms.groups import centred
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import from_groups, to_groups
@@ -26,7 +27,7 @@ class TPOOptions:
 def z_scores(rewards: Tensor, flat: float = 1e-6) -> Tensor:
     """Rewards (groups, g) to mean 0 and population variance 1 in each group; 0 where all are equal."""
     std = rewards.std(dim=-1, keepdim=True, correction=0)
-    return torch.where(std > flat, (rewards - rewards.mean(dim=-1, keepdim=True)) / std.clamp(min=flat), 0.0)
+    return torch.where(std > flat, centred(rewards) / std.clamp(min=flat), 0.0)
 
 
 def target_distribution(log_probs: Tensor, rewards: Tensor, eta: float) -> Tensor:
@@ -57,4 +58,4 @@ class TPO(Algorithm):
         policy_loss = from_groups(-q * log_p, group_ids) * self.samples_per_prompt
         distance = from_groups(torch.special.entr(q).neg() - q * log_p, group_ids).detach() * self.samples_per_prompt
         numbers = {"policy_loss": policy_loss, "kl_to_target": distance, "entropy": policy.entropy}
-        return policy_loss[:, None] - self.options.entropy * policy.entropy, numbers
+        return less_entropy(policy_loss, policy, self.options.entropy), numbers

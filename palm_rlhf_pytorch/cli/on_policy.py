@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from palm_rlhf_pytorch.data import first_words, read_prompts, read_texts
-from palm_rlhf_pytorch.evaluation import prompt_batch
+from palm_rlhf_pytorch.devices import accelerate_keywords
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.interrupts import Interrupts
+from palm_rlhf_pytorch.rejection import prompts_with_room
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 from palm_rlhf_pytorch.trainer import OnPolicyTrainer
@@ -37,6 +39,26 @@ class PracticeOptions:
     save_every: int = option(10, "updates between checkpoints to resume from", least=1)
 
 
+@dataclass(frozen=True)
+class LearningOptions:
+    """How any algorithm learns"""
+
+    lora: bool = option(True, "train adapters on one frozen trunk, which is the reference too; not the whole model")
+    lora_r: int = option(16, "rank of the adapters", least=1)
+    actor_lr: float = option(1e-3, "learning rate of the policy", least=0)
+    epochs: int = option(1, "passes over each batch of rollouts", least=1)
+    minibatch_size: int = option(64, "sequences of an optimiser step; a prompt's samples stay together", least=1)
+    micro_batch_size: int | None = option(None, "sequences computed at once (default: the whole minibatch)", least=1)
+    max_norm: float = option(1.0, "gradient norm to clip at", least=1e-6)
+    normalize_reward: bool = option(False, "scale rewards to mean 0, std 1 on the starting policy's samples")
+    missing_eos_penalty: float = option(0.0, "taken from the reward of a response that did not finish")
+    overlong_buffer: int = option(0, "tokens before the limit in which a penalty of length grows (0: none)", least=0)
+    overlong_penalty: float = option(1.0, "what that penalty is at the limit")
+
+
+PASSED_ON = [field.name for field in fields(LearningOptions) if field.name not in ("lora", "lora_r")]
+
+
 def prompt_texts(options: PracticeOptions) -> list[str]:
     if options.prompt_words == 0:
         return read_prompts(options.prompts)
@@ -48,15 +70,25 @@ def prompt_texts(options: PracticeOptions) -> list[str]:
     return prompts
 
 
-def prompt_ids(options: PracticeOptions, tokenizer: Tokenizer) -> Tensor:
-    """The prompts (p, n), all of which leave room for a response."""
-    ids, lengths = prompt_batch(tokenizer, prompt_texts(options), "cpu")
-    if int(lengths.max()) >= options.max_seq_len:
-        raise ValueError(
-            f"the longest prompt has {int(lengths.max())} tokens, --max-seq-len {options.max_seq_len} leaves no room "
-            "for a response: raise it, or shorten the prompts (--prompt-words)"
-        )
-    return ids
+def trainer_keywords(
+    options: PracticeOptions,
+    learning: LearningOptions,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    precision: str,
+) -> dict[str, Any]:
+    """What every trainer is told: prompts, all of which leave room for a response, and how to learn."""
+    ids, _ = prompts_with_room(tokenizer, prompt_texts(options), options.max_seq_len)
+    return {
+        "prompt_token_ids": ids,
+        "pad_value": tokenizer.pad_id,
+        "tokenizer": tokenizer,
+        "actor_lora": learning.lora,
+        "actor_lora_r": learning.lora_r,
+        **{name: getattr(learning, name) for name in PASSED_ON},
+        "seed": options.seed,
+        "accelerate_kwargs": accelerate_keywords(device, precision),
+    }
 
 
 def practise(

@@ -19,8 +19,7 @@ from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
 from palm_rlhf_pytorch.algorithms.ppo import PPO
 from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, text_reward
-from palm_rlhf_pytorch.cli.on_policy import PracticeOptions, practise, prompt_ids
-from palm_rlhf_pytorch.devices import accelerate_keywords
+from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 from palm_rlhf_pytorch.run_directory import RunDirectory
@@ -39,19 +38,10 @@ class RLOptions(PracticeOptions):
 
 
 @dataclass(frozen=True)
-class RLLearning:
+class RLLearning(LearningOptions):
     """How any of them learns"""
 
-    lora: bool = option(True, "train adapters on a frozen trunk, which is the reference too")
-    lora_r: int = option(16, "rank of the adapters", least=1)
-    actor_lr: float = option(1e-3, "learning rate of the policy", least=0)
     own_lr: float = option(2e-3, "learning rate of the algorithm's own parts (a critic, log Z)", least=0)
-    epochs: int = option(1, "passes over each batch of rollouts", least=1)
-    minibatch_size: int = option(64, "sequences of an optimiser step; a prompt's samples stay together", least=1)
-    micro_batch_size: int | None = option(None, "sequences computed at once (default: the whole minibatch)", least=1)
-    max_norm: float = option(1.0, "gradient norm to clip at", least=1e-6)
-    normalize_reward: bool = option(False, "scale rewards to mean 0, std 1 on the starting policy's samples")
-    missing_eos_penalty: float = option(0.0, "taken from the reward of a response that did not finish")
 
 
 def options_for(arguments: Sequence[str]) -> tuple[tuple[type, ...], dict[str, Any]]:
@@ -96,7 +86,8 @@ def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOp
     directory, device = where.start(options.out, options.seed)
     source = RunDirectory(options.model)
     palm, tokenizer = source.palm().to(device), source.tokenizer()
-    reward, ids = rewards(options, device), prompt_ids(options, tokenizer)
+    reward = rewards(options, device)
+    shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
     log = directory.start("rl", where.resume, tokenizer, options=options, own=own, learning=learning, compute=compute)
     cls = algorithm_class(options.algorithm)
     build = partial(cls, palm.dim) if cls is FlowRL else cls
@@ -107,20 +98,7 @@ def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOp
         palm=palm,
         reward_model=reward,
         make_actor=critic if cls is PPO else Actor,
-        prompt_token_ids=ids,
-        pad_value=tokenizer.pad_id,
-        tokenizer=tokenizer,
-        actor_lora=learning.lora,
-        actor_lora_r=learning.lora_r,
-        actor_lr=learning.actor_lr,
-        epochs=learning.epochs,
-        minibatch_size=learning.minibatch_size,
-        micro_batch_size=learning.micro_batch_size,
-        max_norm=learning.max_norm,
-        normalize_reward=learning.normalize_reward,
-        missing_eos_penalty=learning.missing_eos_penalty,
-        seed=options.seed,
         metrics_path=log.path,
-        accelerate_kwargs=accelerate_keywords(device, compute.precision),
+        **shared,
     )
     return practise(trainer, options, directory, tokenizer, where.resume)
