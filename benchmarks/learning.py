@@ -1,206 +1,200 @@
 """Does it learn? Small tasks with a known answer, for every algorithm, over seeds, beside shuffled rewards.
 
-    python benchmarks/learning.py forced reversal modes --algorithms grpo tpo ppo flowrl --seeds 4
+    python benchmarks/learning.py forced modes --seeds 4 --plot curves.png
+    python benchmarks/learning.py reversal7 --algorithms tpo ppo grpo
+    python benchmarks/learning.py pairs
 
-forced: one prompt, one rewarded next token. reversal: tokens of two kinds are to be reversed, and only the whole answer
-is rewarded (TPO, 2604.06159, section 3.6: 2 layers, width 64, 8 samples of 100 prompts, 4 epochs). modes: four answers
-are equally right; how many are left at the end? The control pays the same rewards to other answers. Prints a table with
-the mean over seeds and each of them, and with --plot the curves.
+forced: one prompt, one rewarded next token. reversal5 to 7: tokens of two kinds are to be reversed, and only the whole
+answer is rewarded (TPO, 2604.06159, section 3.6: 2 layers, width 64). modes: four answers are equally right; how many
+are left at the end? pairs: a quarter of the labels is wrong (`preferences.py`). The control pays the same rewards to
+other answers. Every run is a line of --out as soon as it ends; what is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from itertools import product
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import preferences
 import torch
-from torch import Tensor
+from learning_tasks import TASKS, learn
 from tqdm import tqdm
 
-from palm_rlhf_pytorch import PaLM
-from palm_rlhf_pytorch.actor import Actor
-from palm_rlhf_pytorch.actor_critic import ActorCritic
-from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
-from palm_rlhf_pytorch.prompts import Prompts
-from palm_rlhf_pytorch.trainer import LearnOptions, OnPolicyTrainer
+from palm_rlhf_pytorch.algorithms import ALGORITHMS
 
-Reward = Callable[[list[Tensor], list[Tensor]], Tensor]
+PAIRS = "pairs"
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Task:
-    """tokens: the vocabulary, of which 0 is padding; prompts (p, n); answers of `length` tokens; what is right."""
+class Run(NamedTuple):
+    """What one process does."""
 
-    name: str
-    tokens: int
-    prompts: Tensor
-    length: int
-    right: Callable[[Tensor, Tensor], bool]
-    updates: int
-    batch: int = 100  # prompts an update
-    dim: int = 64
-    depth: int = 2
-    measure: str = "right"  # a share of sampled answers, or for modes how evenly they are covered
+    task: str
+    algorithm: str
+    seed: int
+    shuffled: bool
 
-    def reward(self, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
-        return torch.tensor([float(self.right(p, r)) for p, r in zip(prompts, responses, strict=True)])
+    @classmethod
+    def of(cls, row: Row) -> Run:
+        return cls(*(row[name] for name in cls._fields))
 
-
-def reversal(length: int, updates: int) -> Task:
-    """All prompts of `length` tokens out of two, after one that marks the start: a rotary model knows no other place."""
-    prompts = torch.tensor([(3, *tokens) for tokens in product((1, 2), repeat=length)])
-    return Task(f"reversal {length}", 4, prompts, length, lambda p, r: torch.equal(r, p[1:].flip(0)), updates)
+    def go(self, changes: dict[str, Any], epochs: int) -> Row:
+        torch.set_num_threads(1)
+        started = time.perf_counter()
+        if self.task == PAIRS:
+            accuracies, points = preferences.run(self.seed, 0.5 if self.shuffled else preferences.FLIPS)
+            found = {**accuracies, "points": [asdict(point) for point in points]}
+        else:
+            found = learn(replace(TASKS[self.task](), **changes), self.algorithm, self.seed, self.shuffled, epochs)
+        return {**self._asdict(), **changes, **found, "seconds": round(time.perf_counter() - started)}
 
 
-def forced(updates: int) -> Task:
-    return Task("forced", 16, torch.tensor([[1]]), 1, lambda p, r: int(r[0]) == 7, updates, batch=8, dim=32, depth=1)
+def wanted(options: argparse.Namespace) -> list[Run]:
+    controls = (False,) if options.no_control else (False, True)
+    return [
+        Run(task, algorithm, seed, shuffled)
+        for task in options.tasks
+        for algorithm in ([PAIRS] if task == PAIRS else options.algorithms)
+        for seed in range(options.seeds)
+        for shuffled in controls
+    ]
 
 
-MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])
+def rows_of(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def modes(updates: int) -> Task:
-    right = lambda p, r: bool((MODES == r).all(dim=-1).any())  # noqa: E731
-    return Task("modes", 5, torch.tensor([[1]]), 3, right, updates, batch=16, dim=32, depth=1, measure="modes")
-
-
-def shuffled(reward: Reward, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
-    """The same rewards, to other answers."""
-    scores = reward(prompts, responses)
-    return scores[torch.randperm(len(scores))]
-
-
-# what differs from the defaults, so that each is at its best here; no KL where the start is not worth keeping
-SETTINGS = {
-    "ppo": {"kl": 0.0},
-    "grpo": {"kl": 0.0},
-    "rloo": {"kl": 0.0},
-    "reinforce_pp": {"kl": 0.0},
-    "reinforce_pp_baseline": {"kl": 0.0},
-    "gspo": {"eps_clip": 0.2, "eps_clip_high": 0.27},
-    "flowrl": {"z_hidden": 64, "eps_clip": 0.2},
-}
-
-
-def build(task: Task, name: str, seed: int, control: bool, lr: float, epochs: int) -> OnPolicyTrainer:
-    torch.manual_seed(seed)
-    palm = PaLM(num_tokens=task.tokens, dim=task.dim, depth=task.depth, heads=2, dim_head=32, flash_attn=True)
-    options = {"actor_optim": {"lr": lr}, "own_optim": {"lr": lr}, **SETTINGS.get(name, {})}
-    cls = algorithm_class(name)
-    if name == "flowrl":  # the mean over tokens in its loss sharpens the target by the length
-        options["beta"] = 3.0 / task.length
-        algorithm = cls(palm.dim, **options)
-    else:
-        algorithm = cls(**options)
-    make = partial(ActorCritic, critic_lora=False, critic_dim_out=1) if name == "ppo" else Actor
-    samples = algorithm.samples_per_prompt
-    reward = partial(shuffled, task.reward) if control else task.reward
-    return OnPolicyTrainer(
-        make(palm, actor_lora=False),
-        algorithm,
-        reward,
-        Prompts(task.prompts),
-        learn_options=LearnOptions(task.batch * (8 if samples == 1 else samples), epochs=epochs, max_norm=1.0),
-        seed=seed,
-        accelerate_kwargs={"cpu": True},
-    )
-
-
-@torch.no_grad()
-def measured(task: Task, trainer: OnPolicyTrainer, count: int = 512) -> float:
-    """Of freshly sampled answers: the share that is right; of modes, e^entropy of the right ones (4 at best, 1 when
-    one is left, 0 when none is right).
-    """
-    rows = torch.randint(len(task.prompts), (count,))
-    prompts = task.prompts[rows]
-    total = prompts.shape[1] + task.length
-    answers = trainer.palm.generate(
-        total, prompts, filter_logits_fn=None, finetune_scope=trainer.actor_critic.actor_lora_scope
-    )
-    if task.measure == "right":
-        return float(task.reward(list(prompts), list(answers)).mean())
-    counts = (answers[:, None] == MODES).all(dim=-1).sum(dim=0).double()
-    if counts.sum() == 0:
-        return 0.0
-    share = counts / counts.sum()
-    return float(torch.special.entr(share).sum().exp())
-
-
-def learn(task: Task, name: str, seed: int, control: bool, lr: float, epochs: int) -> tuple[float, float, list[float]]:
-    """-> the measure before and after, and the reward of each update."""
-    trainer = build(task, name, seed, control, lr, epochs)
-    before = measured(task, trainer)
-    many = 8 if trainer.algorithm.samples_per_prompt == 1 else 1  # as many answers for all
-    trainer.train(
-        task.updates, task.batch * many, task.batch * many, task.batch * many, task.prompts.shape[1] + task.length
-    )
-    return before, measured(task, trainer), [row["reward"] for row in trainer.history]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", choices=("forced", "reversal", "modes"))
-    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS))
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--length", type=int, default=7, help="tokens to reverse")
-    parser.add_argument("--updates", type=int, help="instead of each task's own number")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--no-control", action="store_true", help="without shuffled rewards")
-    parser.add_argument("--plot", type=Path, help="where to draw the curves of rewards (.png)")
-    options = parser.parse_args()
-    make = {
-        "forced": lambda: forced(options.updates or 60),
-        "reversal": lambda: reversal(options.length, options.updates or 1000),
-        "modes": lambda: modes(options.updates or 200),
+def run_all(runs: list[Run], options: argparse.Namespace) -> None:
+    """Each on one core, each a line of the file."""
+    changes = {
+        name: getattr(options, name) for name in ("updates", "lr", "batch") if getattr(options, name) is not None
     }
-    curves: dict[str, list[list[float]]] = {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.jobs) as pool, options.out.open("a") as file:
+        futures = [pool.submit(run.go, changes, options.epochs) for run in runs]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=None):
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    found = defaultdict(list)
+    for row in rows:
+        found[row["task"], row["algorithm"]].append(row)
+    return found
+
+
+def mean_of(values: Iterable[float]) -> str:
+    values = sorted(values)
+    return f"{statistics.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})" if values else ""
+
+
+def print_tasks(rows: list[Row]) -> None:
     print("| task | algorithm | before | after: mean (of seeds) | shuffled rewards |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
-    for name in options.tasks:
-        task = make[name]()
-        for algorithm in options.algorithms:
-            results = {}
-            for control in (False,) if options.no_control else (False, True):
-                runs = [
-                    learn(task, algorithm, seed, control, options.lr, options.epochs)
-                    for seed in tqdm(range(options.seeds), desc=f"{task.name} {algorithm}", disable=None)
-                ]
-                results[control] = runs
-                curves[f"{task.name} {algorithm}{' shuffled' * control}"] = [run[2] for run in runs]
-            after = [run[1] for run in results[False]]
-            before = statistics.mean(run[0] for run in results[False])
-            spread = ", ".join(f"{value:.3f}" for value in sorted(after))
-            control = f"{statistics.mean(run[1] for run in results[True]):.3f}" if True in results else ""
-            print(
-                f"| {task.name} | {algorithm} | {before:.3f} | {statistics.mean(after):.3f} ({spread}) | {control} |",
-                flush=True,
-            )
-    if options.plot:
-        draw(curves, options.plot)
+    print("| --- | --- | --- | --- | --- |")
+    for (task, algorithm), some in grouped(rows).items():
+        before = statistics.mean(row["before"] for row in some)
+        after, control = (mean_of(r["after"] for r in some if r["shuffled"] is shuffled) for shuffled in (False, True))
+        print(f"| {task} | {algorithm} | {before:.3f} | {after} | {control} |")
 
 
-def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Mean reward over seeds, a line for each task and algorithm."""
+def print_pairs(rows: list[Row]) -> None:
+    for shuffled, labels in ((False, "a quarter of the labels turned"), (True, "labels by chance")):
+        some = [row for row in rows if row["shuffled"] is shuffled]
+        if not some:
+            continue
+        print(f"\nReward model on held-out pairs, {labels}: right on labels of that kind", end=" ")
+        print(f"{mean_of(row['noisy'] for row in some)}, on true ones {mean_of(row['clean'] for row in some)}\n")
+        print("| policy | KL to the reference | true reward: mean (of seeds) | reward by the model |")
+        print("| --- | --- | --- | --- |")
+        for points in zip(*(row["points"] for row in some), strict=True):
+            kl, proxy = (statistics.mean(point[name] for point in points) for name in ("kl", "proxy"))
+            name = f"{points[0]['method']} {points[0]['strength']}".strip()
+            print(f"| {name} | {kl:.2f} | {mean_of(point['true'] for point in points)} | {proxy:.2f} |")
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """A panel for each task: mean reward over seeds, the control dotted; or true reward against KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    for name, runs in curves.items():
-        mean = torch.tensor(runs).mean(dim=0)
-        axis.plot(mean, label=name, linestyle=":" if "shuffled" in name else "-", linewidth=1)
-    axis.set_xlabel("update")
-    axis.set_ylabel("mean reward")
-    axis.legend(fontsize=6, ncol=2)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        some = [row for row in rows if row["task"] == task]
+        axis.set_title(task)
+        (draw_points if task == PAIRS else draw_curves)(axis, some)
+        axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(axis: Any, rows: list[Row]) -> None:
+    for number, ((_, algorithm), some) in enumerate(grouped(rows).items()):
+        for shuffled, style in ((False, "-"), (True, ":")):
+            curves = [row["rewards"] for row in some if row["shuffled"] is shuffled]
+            if curves:
+                mean = torch.tensor([curve[: min(map(len, curves))] for curve in curves]).mean(dim=0)
+                label = None if shuffled else algorithm
+                colour = f"C{number % 10}" if number < 10 else ("black", "gold", "navy", "teal")[number % 4]
+                axis.plot(mean, style, label=label, color=colour, linewidth=1)
+    axis.set_xlabel("update")
+    axis.set_ylabel("mean reward (dotted: shuffled)")
+
+
+def draw_points(axis: Any, rows: list[Row]) -> None:
+    for shuffled, style in ((False, "o-"), (True, "x:")):
+        by_method = defaultdict(list)
+        for row in rows:
+            if row["shuffled"] is shuffled:
+                for point in row["points"]:
+                    by_method[point["method"], point["strength"]].append((point["kl"], point["true"]))
+        methods = list(dict.fromkeys(method for method, _ in by_method if method != "reference"))
+        for number, method in enumerate(methods):
+            means = [torch.tensor(v).mean(dim=0).tolist() for (name, _), v in by_method.items() if name == method]
+            kl, true = zip(*[(0.0, 0.0), *sorted(means)], strict=True)
+            label = method + ", labels by chance" * shuffled
+            axis.plot([max(k, 0.0) ** 0.5 for k in kl], true, style, label=label, color=f"C{number}", linewidth=1)
+    axis.set_xlabel("square root of the KL to the reference")
+    axis.set_ylabel("mean true reward, in the reference's standard deviations")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", choices=(*TASKS, PAIRS))
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--updates", type=int, help="instead of each task's own number")
+    parser.add_argument("--lr", type=float, help="learning rate, instead of each task's own")
+    parser.add_argument("--batch", type=int, help="prompts an update, instead of each task's own number")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over a batch (default: 4)")
+    parser.add_argument("--no-control", action="store_true", help="without shuffled rewards")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"), help="(default: runs/learning.jsonl)")
+    parser.add_argument("--plot", type=Path, help="where to draw the curves (.png)")
+    options = parser.parse_args()
+    asked = wanted(options)
+    done = {Run.of(row) for row in rows_of(options.out)}
+    run_all([run for run in asked if run not in done], options)
+    rows = sorted(
+        (row for row in rows_of(options.out) if Run.of(row) in asked), key=lambda row: asked.index(Run.of(row))
+    )
+    by_task = [row for row in rows if row["task"] != PAIRS]
+    if by_task:
+        print_tasks(by_task)
+    print_pairs([row for row in rows if row["task"] == PAIRS])
+    if options.plot:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""Small tasks whose answers code can check, and how each algorithm is set for them. `learning.py` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch import PaLM
+from palm_rlhf_pytorch.actor import Actor
+from palm_rlhf_pytorch.actor_critic import ActorCritic
+from palm_rlhf_pytorch.algorithms import algorithm_class
+from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.rollout import Reward
+from palm_rlhf_pytorch.trainer import LearnOptions, OnPolicyTrainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """tokens: the vocabulary; prompts (p, n); answers of `length` tokens; what is right; and how long to learn it."""
+
+    name: str
+    tokens: int
+    prompts: Tensor
+    length: int
+    right: Callable[[Tensor, Tensor], bool]
+    updates: int
+    lr: float
+    batch: int  # prompts an update, each answered eight times
+    dim: int = 64
+    depth: int = 2
+    modes: Tensor | None = None  # where several answers are right: how evenly they are covered is measured
+
+    def reward(self, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
+        return torch.tensor([float(self.right(p, r)) for p, r in zip(prompts, responses, strict=True)])
+
+
+def forced() -> Task:
+    """One prompt, and one of 16 tokens is right."""
+    right = lambda p, r: int(r[0]) == 7  # noqa: E731
+    return Task("forced", 16, torch.tensor([[1]]), 1, right, updates=100, lr=3e-3, batch=8, dim=32, depth=1)
+
+
+def reversal(length: int) -> Task:
+    """All prompts of `length` tokens out of two, behind one that marks the start: rotary angles alone tell no place."""
+    prompts = torch.tensor([(2, *tokens) for tokens in product((0, 1), repeat=length)])
+    right = lambda p, r: torch.equal(r, p[1:].flip(0))  # noqa: E731
+    return Task(f"reversal {length}", 3, prompts, length, right, updates=400, lr=1e-3, batch=128)
+
+
+MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])
+
+
+def modes() -> Task:
+    """Four answers are equally right."""
+    right = lambda p, r: bool((MODES == r).all(dim=-1).any())  # noqa: E731
+    return Task("modes", 5, torch.tensor([[0]]), 3, right, updates=300, lr=5e-4, batch=32, dim=32, depth=1, modes=MODES)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "forced": forced,
+    "modes": modes,
+    **{f"reversal{n}": partial(reversal, n) for n in (5, 6, 7)},
+}
+
+# what differs from the defaults: no KL where the start is not worth keeping
+NO_KL = {name: {"kl": 0.0} for name in ("ppo", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **NO_KL,
+    "gspo": {"eps_clip": 0.2, "eps_clip_high": 0.27},  # the paper's 4e-4 is for answers of thousands of tokens
+    "flowrl": {"z_hidden": 64},
+}
+IN_TASK: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def options_of(task: Task, algorithm: str) -> dict[str, Any]:
+    options = {**SETTINGS.get(algorithm, {}), **IN_TASK.get((task.name.split()[0], algorithm), {})}
+    if algorithm == "flowrl":  # the mean over tokens in its loss sharpens the target by the length
+        options["beta"] = 3.0 / task.length
+    return options
+
+
+class Shuffled:
+    """The same rewards, to other answers: the control, from which nothing can be learned."""
+
+    def __init__(self, reward: Reward, seed: int):
+        self.reward, self.generator = reward, torch.Generator().manual_seed(seed)
+
+    def __call__(self, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
+        scores = self.reward(prompts, responses)
+        return scores[torch.randperm(len(scores), generator=self.generator)]
+
+
+def build(task: Task, name: str, seed: int, shuffled: bool, epochs: int) -> OnPolicyTrainer:
+    """A policy with random weights, all of which are trained."""
+    torch.manual_seed(seed)
+    sizes = {"dim": task.dim, "depth": task.depth, "heads": 2, "dim_head": 32, "ff_mult": 8 / 3}
+    palm = PaLM(num_tokens=task.tokens, flash_attn=True, **sizes)  # as many weights as a plain feedforward times 4
+    options = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}, **options_of(task, name)}
+    cls = algorithm_class(name)
+    algorithm = cls(palm.dim, **options) if name == "flowrl" else cls(**options)
+    make = partial(ActorCritic, critic_lora=False, critic_dim_out=1) if name == "ppo" else Actor
+    return OnPolicyTrainer(
+        make(palm, actor_lora=False),
+        algorithm,
+        Shuffled(task.reward, seed) if shuffled else task.reward,
+        Prompts(task.prompts, pad_value=-1),
+        learn_options=LearnOptions(8 * task.batch, epochs=epochs, max_norm=1.0),
+        seed=seed,
+        accelerate_kwargs={"cpu": True},
+    )
+
+
+@torch.no_grad()
+def measured(task: Task, trainer: OnPolicyTrainer, count: int = 4096) -> float:
+    """Of freshly sampled answers: the share that is right; of modes, e^entropy of the right ones (4 at best, 1 when
+    one is left, 0 when none is right).
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompts = task.prompts[torch.randint(len(task.prompts), (count,), generator=generator)]
+    scope = trainer.actor_critic.actor_lora_scope
+    answers = trainer.palm.generate(
+        prompts.shape[1] + task.length, prompts, filter_logits_fn=None, finetune_scope=scope
+    )
+    if task.modes is None:
+        return float(task.reward(list(prompts), list(answers)).mean())
+    counts = (answers[:, None] == task.modes).all(dim=-1).sum(dim=0).double()
+    return float(torch.special.entr(counts / counts.sum()).sum().exp()) if counts.sum() else 0.0
+
+
+def learn(task: Task, name: str, seed: int, shuffled: bool, epochs: int) -> dict[str, Any]:
+    """-> the measure before and after, and the reward of each update. The learning rate falls to 0 along a line."""
+    trainer = build(task, name, seed, shuffled, epochs)
+    before = measured(task, trainer)
+    full = [group["lr"] for group in trainer.optimizer.param_groups]
+
+    def decay(_: object) -> None:
+        for group, lr in zip(trainer.optimizer.param_groups, full, strict=True):
+            group["lr"] = lr * (1 - trainer.step / task.updates)
+
+    prompts = task.batch * (8 if trainer.algorithm.samples_per_prompt == 1 else 1)
+    total = task.prompts.shape[1] + task.length
+    trainer.train(task.updates, prompts, prompts, prompts, total, on_update=decay)
+    rewards = [round(row["reward"], 4) for row in trainer.history]
+    return {"before": before, "after": measured(task, trainer), "rewards": rewards}
