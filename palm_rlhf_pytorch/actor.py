@@ -32,10 +32,17 @@ class PolicyOutput(NamedTuple):
 
 
 def predictions(
-    palm: PaLM, sequence: Tensor, response_mask: Tensor, temperature: float = 1.0, scope: str | None = None
+    palm: PaLM,
+    sequence: Tensor,
+    response_mask: Tensor,
+    temperature: float = 1.0,
+    scope: str | None = None,
+    segment_ids: Tensor | None = None,
 ) -> Predictions:
-    """The final embeddings of sequence (b, n) where response tokens are predicted. Padding is on the right."""
-    embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope)
+    """The final embeddings of sequence (b, n) where response tokens are predicted. Padding is on the right; of packed
+    rows segment_ids (b, n) tell the documents apart, each of which begins with what is no response.
+    """
+    embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope, segment_ids=segment_ids)
     follows = response_mask[:, 1:]  # place t predicts token t + 1
     scale = palm.logit_scale / (temperature or 1.0)
     return Predictions(embeds[:, :-1][follows], palm.to_logits.weight, sequence[:, 1:][follows], scale)

@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.actor import Actor, adapt, made_causal, trained
 from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.precision import UnroundedLinear
 from palm_rlhf_pytorch.utils import eval_decorator
 
 
@@ -80,10 +81,10 @@ class ActorCritic(Actor):
         self.value_dim = 1 if self.implicit_critic is not None else critic_dim_out
         self.value_head = None
         if self.implicit_critic is None:
-            self.value_head = nn.Linear(self.critic_palm.dim, critic_dim_out)
+            self.value_head = UnroundedLinear(self.critic_palm.dim, critic_dim_out)
             nn.init.zeros_(self.value_head.weight)  # every value starts at 0 (or mid-range, in bins)
             nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(self.critic_palm.token_emb.weight)  # device and dtype
+            self.value_head.to(self.critic_palm.token_emb.weight)  # its device, and its dtype where that is no half
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """What training the critic changes, its head included."""

@@ -27,9 +27,31 @@ def segment_mask(segment_ids: Tensor, causal: bool) -> Tensor:
     return same.tril() if causal else same
 
 
+def window_mask(positions: Tensor, keys: int, window: int) -> Tensor:
+    """Which of the keys at 0, 1, ... each query at positions (b, n) may see, (b, 1, n, keys): itself and the past, as
+    far back as makes `window` of them.
+    """
+    key, query = torch.arange(keys, device=positions.device), rearrange(positions, "b i -> b 1 i 1")
+    return (key <= query) & (key > query - window)
+
+
 def added_to_scores(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as what the kernels add, 0 or -inf. Made of a bool mask, every layer would make and keep its own."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def narrowed(mask: Tensor | None, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a whole mask, bool or added to the scores, and `visible` both let through: added to the scores."""
+    if mask is not None and mask.dtype != torch.bool:
+        return mask.masked_fill(~visible, -torch.inf)
+    return added_to_scores(visible if mask is None else mask & visible, dtype)
+
+
+def shares_keys_under_masks(q: Tensor) -> bool:
+    """Whether a fused kernel takes a mask where several heads share a key. On a GPU none does: torch would hold all
+    scores, beside which repeated keys are small.
+    """
+    return not q.is_cuda
 
 
 class Attention(nn.Module):
@@ -67,8 +89,11 @@ class Attention(nn.Module):
             q = rearrange(q, "b (kv g) 1 d -> b kv g d", kv=kv_heads)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             return rearrange(out, "b kv g d -> b (kv g) 1 d")
+        shared = 1 < kv_heads < heads
         if kv_heads == 1:  # a view with stride 0: one head in memory, seen by all
             k, v = (t.expand(-1, heads, -1, -1) for t in (k, v))
+        elif shared and mask is not None and not shares_keys_under_masks(q):
+            k, v, shared = *(t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v)), False
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=1 < kv_heads < heads
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=shared
         )

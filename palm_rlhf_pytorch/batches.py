@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from palm_rlhf_pytorch.conversation import Conversation, Message
 from palm_rlhf_pytorch.ops import lengths_to_mask
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
@@ -15,12 +16,17 @@ Batch = tuple[Tensor, Tensor, Tensor]  # ids (b, n), mask (b, n), prompt_mask (b
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """bos and the prompt's ids: what a response follows, also after an empty prompt."""
+    """bos and the prompt's ids: what a response follows, also after an empty prompt. A `Conversation` becomes what the
+    chat template makes of it, bos included where the template has one.
+    """
+    if isinstance(prompt, Conversation):
+        return tokenizer.encode_chat(prompt.messages)
     return [tokenizer.bos_id, *tokenizer.encode_start(prompt)]
 
 
 def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: int) -> Row:
-    """The ids of bos, prompt, response and eos, at most `max_len` of them, and how many are the prompt's.
+    """The ids of prompt (see `encode_prompt`), response and eos, at most `max_len` of them, and how many are the
+    prompt's.
 
     Too long a prompt loses its beginning, then the response its end (and with it the eos: it did not finish).
     At least one prompt token stays, for the first response token to follow.
@@ -28,10 +34,28 @@ def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: i
     if max_len < 2:
         raise ValueError(f"max_len must hold at least a prompt and a response token (2), got {max_len}.")
     prompt_ids = encode_prompt(tokenizer, prompt)
-    encode = tokenizer.encode if prompt else tokenizer.encode_start
-    response_ids = [*encode(response), tokenizer.eos_id]
+    if isinstance(prompt, Conversation):
+        response_ids = _assistant_turn(tokenizer, prompt, prompt_ids, response)
+    else:
+        encode = tokenizer.encode if prompt else tokenizer.encode_start
+        response_ids = [*encode(response), tokenizer.eos_id]
     kept = max(1, min(len(prompt_ids), max_len - len(response_ids)))
     return (prompt_ids[-kept:] + response_ids)[:max_len], kept
+
+
+def _assistant_turn(tokenizer: Tokenizer, prompt: Conversation, prompt_ids: list[int], response: str) -> list[int]:
+    """What the chat template writes behind the prompt for the assistant's response, up to the first eos.
+
+    A template that does not continue the prompt there (some open a turn otherwise than they write one), or an empty
+    response: just the response's ids and eos.
+    """
+    ids = tokenizer.encode(response)
+    if response.strip():
+        whole = tokenizer.encode_chat([*prompt.messages, Message("assistant", response)], add_generation_prompt=False)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            ids = whole[len(prompt_ids) :] or ids
+    end = next((place for place, i in enumerate(ids) if i in tokenizer.eos_ids), None)
+    return [*ids, tokenizer.eos_id] if end is None else ids[: end + 1]
 
 
 def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -10,22 +10,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention
-from palm_rlhf_pytorch.lora import LoRA, side_by_side
+from palm_rlhf_pytorch.lora import LoRA, LoraOptions, side_by_side
+from palm_rlhf_pytorch.precision import Unrounded, at_least_float32
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Unrounded):
     """Layer normalisation without bias. The gain is gamma + 1, so weight decay pulls it to the identity."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.gamma = nn.Parameter(torch.zeros(dim, dtype=at_least_float32(torch.get_default_dtype())))
         self.register_buffer("beta", torch.zeros(dim))  # always 0; it is part of the weights' names
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.gamma + 1, self.beta, self.eps)
+        gain, beta = (self.gamma + 1).to(x.dtype), self.beta.to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], gain, beta, self.eps)
+
+
+class HeadsGain(Unrounded):
+    """A gain gamma + 1 for each head's features, (heads, d): what follows the normalisation of queries or keys."""
+
+    def __init__(self, heads: int, dim_head: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(heads, dim_head, dtype=at_least_float32(torch.get_default_dtype())))
 
 
 class Residual(nn.Module):
@@ -38,7 +48,11 @@ class Residual(nn.Module):
 
 
 class ParallelTransformerBlock(nn.Module):
-    """attention(norm x) + feedforward(norm x), q, k, v and feedforward from one bias-free projection."""
+    """attention(norm x) + feedforward(norm x), q, k, v and feedforward from one bias-free projection.
+
+    Of queries and keys each head may be normalised: its length (`qk_rmsnorm`), or its mean and variance
+    (`qk_layernorm`). Without `rotates`, positions do not count.
+    """
 
     def __init__(
         self,
@@ -58,6 +72,8 @@ class ParallelTransformerBlock(nn.Module):
         ff_inner_dim: int | None = None,
         norm_eps: float = 1e-5,
         rotary_emb: RotaryEmbedding | None = None,
+        qk_layernorm: bool = False,
+        rotates: bool = True,
     ):
         super().__init__()
         ff_inner = int(dim * ff_mult) if ff_inner_dim is None else ff_inner_dim
@@ -67,27 +83,43 @@ class ParallelTransformerBlock(nn.Module):
         self.heads, self.kv_heads = heads, kv_heads
         self.fused_dims = (attn_inner, kv_inner, kv_inner, 2 * ff_inner)
         self.norm = LayerNorm(dim, norm_eps)
-        self.qk_rmsnorm = qk_rmsnorm
+        self.qk_rmsnorm, self.qk_layernorm, self.rotates = qk_rmsnorm, qk_layernorm, rotates
+        if qk_rmsnorm and qk_layernorm:
+            raise ValueError(
+                "queries and keys are normalised by qk_rmsnorm or by qk_layernorm, not by both: choose one"
+            )
         if qk_rmsnorm:
             self.q_scale = nn.Parameter(torch.ones(dim_head))
             self.k_scale = nn.Parameter(torch.ones(dim_head))
+        if qk_layernorm:
+            self.q_norm, self.k_norm = HeadsGain(heads, dim_head), HeadsGain(kv_heads, dim_head)
         self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
         self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
         self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
         self.attn_out = nn.Linear(attn_inner, dim, bias=False)
         self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
 
-    def new_lora(self, r: int) -> nn.ModuleList:
-        """Adapters for q, k, v and the attention output."""
-        dim, (q, k, v, _) = self.attn_out.out_features, self.fused_dims
-        return nn.ModuleList([LoRA(dim, q, r), LoRA(dim, k, r), LoRA(dim, v, r), LoRA(q, dim, r)])
+    def new_lora(self, options: LoraOptions) -> nn.ModuleList:
+        """Adapters for q, k, v and the attention output; with `ff` for the feedforward's value, gate and output too."""
+        dim, (q, k, v, both), width = self.attn_out.out_features, self.fused_dims, self.ff_out[2].in_features
+        sizes = [(dim, q), (dim, k), (dim, v), (q, dim)]
+        if options.ff:
+            sizes += [(dim, both - width), (dim, width), (width, dim)]
+        return nn.ModuleList([LoRA(*size, options.r, options.alpha, options.rslora) for size in sizes])
+
+    def adapted(self, lora: Iterable[LoRA]) -> list[tuple[Tensor, list[LoRA]]]:
+        """Which rows of this block's weights, as views, the adapters change, and which adapters change them."""
+        q, k, v, out, *ff = lora
+        into = [q, k, v, *ff[:2]]
+        rows = self.fused_attn_ff_proj.weight.data[: sum(adapter.B.shape[-1] for adapter in into)]
+        return [(rows, into), (self.attn_out.weight.data, [out])] + [(self.ff_out[2].weight.data, ff[2:])] * bool(ff)
 
     def merge_lora(self, lora: Iterable[LoRA]) -> None:
-        """Add the adapters to this block's weights, in place."""
-        *qkv, out = lora
-        update = torch.cat([adapter.weight for adapter in qkv], dim=-1).t()
-        self.fused_attn_ff_proj.weight.data[: update.shape[0]] += update
-        self.attn_out.weight.data += out.weight.t()
+        """Add the adapters to this block's weights, in place, rounded once where these are in half precision."""
+        for weight, adapters in self.adapted(lora):
+            sizes = [adapter.B.shape[-1] for adapter in adapters]
+            for rows, adapter in zip(weight.split(sizes), adapters, strict=True):
+                rows += adapter.weight.t()
 
     def forward(
         self,
@@ -101,18 +133,13 @@ class ParallelTransformerBlock(nn.Module):
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
         x = self.norm(x)
         attn_inner, kv_inner, *_ = self.fused_dims
-        qkv, ff = self._project(x)
-        if finetune_modules is not None:
-            *lora_qkv, lora_out = finetune_modules
-            qkv = qkv + side_by_side(lora_qkv, x)
+        qkv, ff = self._project(x, finetune_modules)
         qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
-        qk = rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads)
-        if self.qk_rmsnorm:
-            gains = self.q_scale.expand(self.heads, -1), self.k_scale.expand(self.kv_heads, -1)
-            qk = F.normalize(qk, dim=-1) * torch.cat(gains)
-        rotation = rotation or self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)
-        qk = rearrange(rotation.rotate(qk), "b n h d -> b h n d")
-        q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        qk = self._normed(rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads))
+        if self.rotates:
+            rotation = rotation or self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)
+            qk = rotation.rotate(qk)
+        q, k = rearrange(qk, "b n h d -> b h n d").split((self.heads, self.kv_heads), dim=1)
         v = rearrange(v, "b n (h d) -> b h n d", h=self.kv_heads)
         if remember is not None:
             k, v = remember(k, v)
@@ -120,13 +147,43 @@ class ParallelTransformerBlock(nn.Module):
         out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
         attended = self.attn_out(out)
         if finetune_modules is not None:
-            attended = attended + lora_out(out)
+            attended = attended + finetune_modules[3](out)
         return attended + ff
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def heads_gains(self) -> Tensor:
+        """What normalised queries and keys are multiplied by: (heads + kv_heads, d)."""
+        if self.qk_layernorm:
+            return torch.cat((self.q_norm.gamma, self.k_norm.gamma)) + 1
+        return torch.cat((self.q_scale.expand(self.heads, -1), self.k_scale.expand(self.kv_heads, -1)))
+
+    def _normed(self, qk: Tensor) -> Tensor:
+        """Queries and keys (b, n, heads + kv_heads, d), normalised where that is asked for."""
+        if self.qk_layernorm:  # in the gains' precision, and rounded once
+            gains = self.heads_gains
+            return (F.layer_norm(qk.to(gains.dtype), qk.shape[-1:], eps=self.norm.eps) * gains).to(qk.dtype)
+        return F.normalize(qk, dim=-1) * self.heads_gains if self.qk_rmsnorm else qk
+
+    def _project(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
         """x, normed (b, n, d) -> queries, keys and values side by side, and what the feedforward gives (b, n, d)."""
+        if lora is not None and len(lora) > 4:
+            return self._project_adapted(x, lora)
         _, dropout, ff_out = self.ff_out
         if dropout.p == 0 or not self.training:
-            return project_swiglu(x, self.fused_attn_ff_proj.weight, ff_out.weight)
-        qkv, ff = split(self.fused_attn_ff_proj(x), ff_out.weight)
-        return qkv, self.ff_out(ff)
+            qkv, ff = project_swiglu(x, self.fused_attn_ff_proj.weight, ff_out.weight)
+        else:
+            qkv, ff = split(self.fused_attn_ff_proj(x), ff_out.weight)
+            ff = self.ff_out(ff)
+        if lora is not None:
+            *lora_qkv, _ = lora
+            qkv = qkv + side_by_side(lora_qkv, x)
+        return qkv, ff
+
+    def _project_adapted(self, x: Tensor, lora: Sequence[LoRA]) -> tuple[Tensor, Tensor]:
+        """The same with adapters within the feedforward, where the fused function has no room for them."""
+        q, k, v, _, value, gate, lora_out = lora
+        activation, dropout, ff_out = self.ff_out
+        fused = self.fused_attn_ff_proj(x) + side_by_side((q, k, v, value, gate), x)
+        qkv, ff = split(fused, ff_out.weight)
+        inner = dropout(activation(ff))
+        return qkv, ff_out(inner) + lora_out(inner)

@@ -1,7 +1,8 @@
 """Files and data sets to texts, ratings, demonstrations, labels, pairs and prompts.
 
 Wherever a reader takes a path it takes a plain text (.txt), JSON Lines (.jsonl, .json), CSV or TSV file in
-UTF-8, each also gzipped (.gz), or `hf:NAME[:split]`, read through `datasets`.
+UTF-8, each also gzipped (.gz), or `hf:NAME[:split]`, read through `datasets`. In records, prompts and responses are
+text, or lists of messages {role, content}: prompts with roles become a `Conversation`.
 """
 
 import csv
@@ -19,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from palm_rlhf_pytorch.conversation import Conversation, Message, checked_messages
 from palm_rlhf_pytorch.extras import require
 
 T = TypeVar("T")
@@ -87,59 +89,79 @@ def read_prompts(path: str | Path) -> list[str]:
     if _format(path) == ".txt":
         lines = (_without_newline(line) for _, line in _lines(path))
         return _not_empty([line for line in lines if line.strip()], path, "prompt")
-    prompts = []
-    for where, record, _ in _columns_of(path, ("prompt",)):
-        prompt = _text(record, "prompt", where)
-        if not prompt.strip():
-            raise DataError(f"{where}: expected a prompt, got blank text.")
-        prompts.append(prompt)
-    return prompts
+    found = _columns_of(path, ("prompt",), ("messages",))
+    return [_prompt(record, columns[0], where) for where, record, columns in found]
 
 
 def read_ratings(path: str | Path) -> list[Rating]:
-    """Rated responses, from records of `prompt`, `response`, `rating`, or of `text`, `rating` (no prompt)."""
-    found = _responses(path, ("prompt", "response", "rating"), ("text", "rating"))
+    """Rated responses, from records of `prompt`, `response`, `rating`, or of `text`, `rating` (no prompt), or of
+    `messages`, `rating`.
+    """
+    found = _responses(path, "rating", ("text", "rating"))
     return [Rating(prompt, response, _number(record, "rating", where)) for where, record, prompt, response in found]
 
 
 def read_demonstrations(path: str | Path) -> list[Demonstration]:
-    """Responses to learn, from records of `prompt`, `response`."""
-    return [Demonstration(prompt, response) for _, _, prompt, response in _responses(path, ("prompt", "response"))]
+    """Responses to learn, from records of `prompt`, `response`, or of `messages`, whose last is the response."""
+    return [Demonstration(prompt, response) for _, _, prompt, response in _responses(path)]
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
-    """Responses that are desirable or not, from records of `prompt`, `response`, `label` (true or false, 1 or 0)."""
-    found = _responses(path, ("prompt", "response", "label"))
+    """Responses that are desirable or not, from records of `prompt`, `response`, `label` (true or false, 1 or 0), or of
+    `messages`, `label`.
+    """
+    found = _responses(path, "label")
     return [Labelled(prompt, response, _truth(record, "label", where)) for where, record, prompt, response in found]
 
 
-def _responses(path: str | Path, *layouts: tuple[str, ...]) -> Iterator[tuple[str, Record, str, str]]:
-    """Every record with its place in words, its prompt ("" of a `text`) and its response."""
-    for where, record, columns in _columns_of(path, *layouts):
-        *prompt, response = (_text(record, name, where) for name in columns if name in ("prompt", "response", "text"))
-        if not "".join((*prompt, response)).strip():
+def _responses(path: str | Path, what: str = "", *layouts: tuple[str, ...]) -> Iterator[tuple[str, Record, str, str]]:
+    """Every record with its place in words, its prompt ("" of a `text`) and its response; `what` it is to say of them.
+    A `prompt` with a `completion`, as TRL writes it, is one with a `response`.
+    """
+    own = (what,) if what else ()
+    named = [(*columns, *own) for columns in (("prompt", "response"), ("prompt", "completion"), ("messages",))]
+    for where, record, columns in _columns_of(path, named[0], *layouts, *named[1:]):
+        response = next(name for name in columns if name != "prompt")
+        if response == "messages" or any(isinstance(record[c], list) for c in columns if c != what):
+            yield where, record, *_answered(record, response, where)
+            continue
+        prompt, text = (_text(record, name, where) if name in columns else "" for name in ("prompt", response))
+        if not (prompt + text).strip():
             raise DataError(f"{where}: expected a response, got blank text.")
-        yield where, record, "".join(prompt), response
+        yield where, record, prompt, text
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
     """Comparisons, from records of `prompt`, `chosen`, `rejected`, or of `chosen`, `rejected` alone.
 
-    Without a prompt column they are whole transcripts, divided by `shared_prompt`. A `margin` is optional,
-    row by row.
+    Without a prompt column they are whole transcripts, divided by `shared_prompt`; or lists of messages, which differ
+    in the last. A `margin` is optional, row by row.
     """
     pairs = []
     for where, record, columns in _columns_of(path, ("prompt", "chosen", "rejected"), ("chosen", "rejected")):
-        *given, chosen, rejected = (_text(record, column, where) for column in columns)
+        divide = _answered_pair if any(isinstance(record[column], list) for column in columns) else _text_pair
+        prompt, chosen, rejected = divide(record, columns, where)
         if chosen == rejected:
             raise DataError(f"{where}: expected two different responses, got chosen equal to rejected.")
-        prompt = given[0] if given else shared_prompt(chosen, rejected)
-        if not given:
-            chosen, rejected = chosen.removeprefix(prompt), rejected.removeprefix(prompt)
         has_margin = record.get("margin") not in (None, "")
         margin = _number(record, "margin", where) if has_margin else None
         pairs.append(Pair(prompt, chosen, rejected, margin))
     return pairs
+
+
+def _text_pair(record: Record, columns: tuple[str, ...], where: str) -> tuple[str, str, str]:
+    *given, chosen, rejected = (_text(record, column, where) for column in columns)
+    if given:
+        return given[0], chosen, rejected
+    prompt = shared_prompt(chosen, rejected)
+    return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+
+
+def _answered_pair(record: Record, columns: tuple[str, ...], where: str) -> tuple[Conversation, str, str]:
+    (prompt, chosen), (other, rejected) = (_answered(record, column, where) for column in columns[-2:])
+    if prompt.messages != other.messages:
+        raise DataError(f"{where}: expected chosen and rejected to differ in the last message alone, got others too.")
+    return prompt, chosen, rejected
 
 
 def shared_prompt(chosen: str, rejected: str) -> str:
@@ -317,9 +339,65 @@ def _text(record: Record, column: str, where: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise DataError(f"{where}: expected text in `{column}`, got {type(value).__name__}.")
-    if SURROGATE.search(value):  # JSON can escape half a character, which no tokenizer can encode
-        raise DataError(f"{where}: expected whole characters in `{column}`, got a lone surrogate.")
+    _refuse_surrogate(value, f"`{column}`", where)
     return value
+
+
+def _refuse_surrogate(text: str, place: str, where: str) -> None:
+    """JSON can escape half a character, which no tokenizer can encode."""
+    if SURROGATE.search(text):
+        raise DataError(f"{where}: expected whole characters in {place}, got a lone surrogate.")
+
+
+def _messages(record: Record, column: str, where: str) -> tuple[Message, ...]:
+    """A list of messages; a `prompt` may be a text, which is a message of the user's."""
+    value = record[column]
+    try:
+        messages = checked_messages(
+            [Message("user", value)] if column == "prompt" and isinstance(value, str) else value
+        )
+    except ValueError as error:
+        raise DataError(f"{where}: in `{column}` {error}.") from None
+    for number, message in enumerate(messages, start=1):
+        _refuse_surrogate(message.content, f"message {number} of `{column}`", where)
+    return messages
+
+
+def _conversation(messages: Sequence[Message], column: str, where: str) -> Conversation:
+    try:
+        return Conversation(messages)
+    except ValueError as error:
+        raise DataError(f"{where}: in `{column}` {error}.") from None
+
+
+def _prompt(record: Record, column: str, where: str) -> str:
+    """A prompt that is not blank. Of `messages` that end with the assistant's, those before."""
+    if isinstance(record[column], list) or column == "messages":
+        messages = _messages(record, column, where)
+        answered = column == "messages" and messages and messages[-1].role == "assistant"
+        return _conversation(messages[:-1] if answered else messages, column, where)
+    prompt = _text(record, column, where)
+    if not prompt.strip():
+        raise DataError(f"{where}: expected a prompt, got blank text.")
+    return prompt
+
+
+def _answered(record: Record, column: str, where: str) -> tuple[Conversation, str]:
+    """A conversation and the assistant's last message, which `column` holds: with the messages before it, or behind
+    those of `prompt`. A text there is the response itself.
+    """
+    prompt = _messages(record, "prompt", where) if "prompt" in record and column != "messages" else ()
+    if isinstance(record[column], str) and column != "messages":
+        return _conversation(prompt, "prompt", where), _text(record, column, where)
+    messages = _messages(record, column, where)
+    if not messages or messages[-1].role != "assistant":
+        came = f"the {messages[-1].role}'s" if messages else "none"
+        raise DataError(f"{where}: expected the assistant's message at the end of `{column}`, got {came}.")
+    if messages[0].role == "assistant":
+        messages = (*prompt, *messages)
+    elif messages[: len(prompt)] != prompt and not (isinstance(record["prompt"], str) and prompt[0] in messages):
+        raise DataError(f"{where}: expected the messages of `prompt` to begin `{column}`, got others.")
+    return _conversation(messages[:-1], column, where), messages[-1].content
 
 
 def _number(record: Record, column: str, where: str) -> float:

@@ -12,6 +12,7 @@ from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.actor import response_log_probs
 from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
 from palm_rlhf_pytorch.palm import PaLM, seeded
+from palm_rlhf_pytorch.rollout import ends_with_eos
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 
@@ -30,7 +31,7 @@ class Samples:
 
 
 def prompt_batch(tokenizer: Tokenizer, prompts: Sequence[str], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Texts -> ids (b, n) with bos in front, right padded, and lengths (b,)."""
+    """Prompts -> ids (b, n) as `encode_prompt` makes them, right padded, and lengths (b,)."""
     ids, mask = pad_sequences([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_id)
     return ids.to(device), mask.sum(dim=-1).to(device)
 
@@ -60,12 +61,12 @@ def sample(
             max_seq_len,
             generation.Sampling(temperature),
             tokenizer.pad_id,
-            eos_token=tokenizer.eos_id,
+            eos_token=tokenizer.eos_ids,
             generator=generator,
         )
         rows = [row[mask] for row, mask in zip(out.sequence, out.response_mask, strict=True)]
         responses += [tokenizer.decode(row) for row in rows]
-        finished += [bool(row[-1] == tokenizer.eos_id) for row in rows]
+        finished += ends_with_eos(out.sequence, out.mask, tokenizer.eos_ids).tolist()
         if reference is not None:
             mine, theirs = (
                 response_log_probs(model, out.sequence, out.response_mask, temperature).log_probs

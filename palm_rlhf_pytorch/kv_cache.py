@@ -16,7 +16,9 @@ class KVCache:
     `lengths` (b,) says how much of each row is filled; what lies beyond is overwritten before it is ever seen.
     `centre` is the fixed xpos centre that all cached keys were scaled with. Grows when a position does not fit.
     Rows come and go: `keep` closes the gaps of those that leave, `admit` and `join` bring new ones into the memory
-    behind. With `static` every step sees all max_len slots, so that its shapes never change.
+    behind. With `static` every step sees all max_len slots, so that its shapes never change. Layers with a window keep
+    all slots as well, and mask the older ones: a ring of `window` slots would save their memory, but a slot would no
+    longer be a position, and ragged rows, growth and layers that see everything would each need rules of their own.
     """
 
     def __init__(

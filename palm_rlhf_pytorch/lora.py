@@ -1,23 +1,48 @@
-"""Low-rank adapters (Hu et al., 2106.09685)."""
+"""Low-rank adapters (Hu et al., 2106.09685), with the scale of rsLoRA (Kalajdzievski, 2312.03732)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.precision import Unrounded, at_least_float32
 
-class LoRA(nn.Module):
-    """An update x A B * alpha / r beside a linear map dim -> dim_out; 0 until trained, because B starts at 0."""
 
-    def __init__(self, dim: int, dim_out: int, r: int = 8, alpha: float | None = None):
+@dataclass(frozen=True)
+class LoraOptions:
+    """How the adapters of one scope are made."""
+
+    r: int = 8
+    alpha: float | None = None  # None: r
+    rslora: bool = False  # scaled by alpha / sqrt(r) instead of alpha / r
+    ff: bool = False  # beside the feedforward's matrices too
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise ValueError(f"the LoRA rank must be a positive integer, got {self.r}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"the LoRA alpha must be above 0, or None for the rank, got {self.alpha}")
+
+    @property
+    def scale(self) -> float:
+        return (self.r if self.alpha is None else self.alpha) / (self.r**0.5 if self.rslora else self.r)
+
+
+class LoRA(Unrounded):
+    """An update x A B * scale beside a linear map dim -> dim_out; 0 until trained, because B starts at 0.
+
+    The scale is alpha / r, or with rslora alpha / sqrt(r). Beside weights in half precision A and B stay float32.
+    """
+
+    def __init__(self, dim: int, dim_out: int, r: int = 8, alpha: float | None = None, rslora: bool = False):
         super().__init__()
-        if not 0 < r:
-            raise ValueError(f"the LoRA rank must be a positive integer, got {r}")
-        self.scale = (r if alpha is None else alpha) / r
-        self.A = nn.Parameter(torch.randn(dim, r) * dim**-0.5)
-        self.B = nn.Parameter(torch.zeros(r, dim_out))
+        self.scale = LoraOptions(r, alpha, rslora).scale
+        dtype = at_least_float32(torch.get_default_dtype())
+        self.A = nn.Parameter(torch.randn(dim, r, dtype=dtype) * dim**-0.5)
+        self.B = nn.Parameter(torch.zeros(r, dim_out, dtype=dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -26,11 +51,18 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim_out), as (x A) B: the dense product A B is never made."""
-        return (x @ self.A) @ (self.B * self.scale)
+        return through(x, self.A, self.B * self.scale)
 
 
 def side_by_side(adapters: Sequence[LoRA], x: Tensor) -> Tensor:
     """What several adapters of one x (..., dim) give, one behind the other (..., sum of dim_out), in two products."""
     down = torch.cat([adapter.A for adapter in adapters], dim=-1)
     up = torch.block_diag(*(adapter.B * adapter.scale for adapter in adapters))
-    return (x @ down) @ up
+    return through(x, down, up)
+
+
+def through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """x down up, in the adapters' precision, given back in that of x; autocast chooses both itself."""
+    if x.dtype == down.dtype or torch.is_autocast_enabled(x.device.type):
+        return (x @ down) @ up
+    return ((x.to(down.dtype) @ down) @ up).to(x.dtype)

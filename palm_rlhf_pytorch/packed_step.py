@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.attention import Attention
-from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual
+from palm_rlhf_pytorch.attention import Attention, added_to_scores, window_mask
+from palm_rlhf_pytorch.blocks import HeadsGain, LayerNorm, ParallelTransformerBlock, Residual
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
 PACKED_FOR = 64  # rows that the layout is chosen for; it serves any number
-PARTS = {Residual, ParallelTransformerBlock, LayerNorm, Attention, RotaryEmbedding, SwiGLU}
+PARTS = {Residual, ParallelTransformerBlock, LayerNorm, HeadsGain, Attention, RotaryEmbedding, SwiGLU}
 PARTS |= {nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Dropout}
 
 
@@ -80,20 +80,17 @@ class PackedLayer:
         self.norm = PackedNorm(block.norm)
         self.into = Matrix(block.fused_attn_ff_proj.weight, rows)
         self.out = Matrix(torch.cat((block.attn_out.weight, block.ff_out[2].weight), dim=-1), rows)
-        self.gains = None
-        if block.qk_rmsnorm:
-            gains = block.q_scale.expand(block.heads, -1), block.k_scale.expand(block.kv_heads, -1)
-            self.gains = torch.cat(gains).detach()
+        self.rotates, self.centres, self.eps = block.rotates, block.qk_layernorm, block.norm.eps
+        self.gains = block.heads_gains.detach() if block.qk_rmsnorm or block.qk_layernorm else None
 
     def __call__(self, x: Tensor, turns: HeadsRotation, cache: KVCache, layer: int, visible: Tensor | None) -> Tensor:
         """x (m, dim); turns of the rows' positions (m, heads, d); visible (m, 1, 1, j), added to the scores."""
         m, d, (attn, kv, _, _) = len(x), turns.cos.shape[-1], self.sizes
         y = self.into(self.norm(x))
-        qk = y[:, : attn + kv].view(m, self.heads + self.kv_heads, d)
-        if self.gains is not None:
-            qk = F.normalize(qk, dim=-1) * self.gains
-        qk = turns.rotate(qk)
-        y[:, attn : attn + kv] = qk[:, self.heads :].reshape(m, kv)  # keys, turned, beside the values
+        straight = y[:, : attn + kv].view(m, self.heads + self.kv_heads, d)
+        qk = self._turned(straight, turns)
+        if qk is not straight:
+            y[:, attn : attn + kv] = qk[:, self.heads :].reshape(m, kv)  # keys, turned, beside the values
         cache.write_one(layer, y[:, attn : attn + 2 * kv])
         keys, values = cache.read(layer, cache.span(1))
         q = qk[:, : self.heads].reshape(m, self.kv_heads, -1, d)  # heads that share a key are one query axis
@@ -102,6 +99,13 @@ class PackedLayer:
         value, gate = y[:, attn + 2 * kv :].chunk(2, dim=-1)
         torch.mul(F.silu(gate), value, out=inner[:, attn:])
         return self.out.plus(inner, x)
+
+    def _turned(self, qk: Tensor, turns: HeadsRotation) -> Tensor:
+        """Queries and keys (m, heads + kv_heads, d), normalised and turned where the block does so."""
+        if self.gains is not None:
+            normed = F.layer_norm(qk, qk.shape[-1:], eps=self.eps) if self.centres else F.normalize(qk, dim=-1)
+            qk = normed * self.gains
+        return turns.rotate(qk) if self.rotates else qk
 
 
 class PackedStep:
@@ -125,15 +129,22 @@ class PackedStep:
             self._pack()
         positions, turns = cache.lengths, self._turns(cache)
         turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
-        visible = None
-        if int(positions.min()) + 1 < cache.span(1):
-            unseen = torch.arange(cache.span(1)) > positions[:, None]
-            visible = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
+        far, near = self._visible(positions, cache.span(1))
         x = F.embedding(tokens, self.palm.token_emb.weight)
         for i, layer in enumerate(self.layers):
-            x = layer(x, turns, cache, i, visible)
+            x = layer(x, turns, cache, i, near if self.palm.windowed[i] else far)
         logits = self.to_logits(self.norm(x))
         return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
+
+    def _visible(self, positions: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]:
+        """Masks of layers that see everything, and of those with a window: (m, 1, 1, slots), None where all is seen."""
+        far, window = None, self.palm.sliding_window
+        if int(positions.min()) + 1 < slots:
+            unseen = torch.arange(slots) > positions[:, None]
+            far = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
+        if window is None or slots <= window:
+            return far, far
+        return far, added_to_scores(window_mask(positions[:, None], slots, window), torch.float32)
 
     def _turns(self, cache: KVCache) -> HeadsRotation:
         """Of every position that the cache has room for."""

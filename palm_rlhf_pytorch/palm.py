@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from beartype import beartype
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf_pytorch import generation
-from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, segment_mask
+from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, narrowed, segment_mask, window_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.lora import LoraOptions
+from palm_rlhf_pytorch.pretrained import PretrainedMixin
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
 from palm_rlhf_pytorch.vocabulary import Lookup, as_computed, linear_cross_entropy
@@ -25,13 +29,16 @@ from palm_rlhf_pytorch.vocabulary import Lookup, as_computed, linear_cross_entro
 __all__ = ["LayerNorm", "PaLM", "ParallelTransformerBlock", "RotaryEmbedding", "SwiGLU"]
 
 
-class PaLM(nn.Module):
+class PaLM(PretrainedMixin, nn.Module):
     """A PaLM language model, or with `causal=False` an encoder in which ids below 0 are padding.
 
     The first keywords are the reference's. Beyond it: `kv_heads` (key/value heads, a divisor of heads),
     `rotary_theta`, `use_xpos` (None: on when causal), `ff_inner_dim` (None: dim * ff_mult), `norm_eps`, `logit_scale`,
-    `gradient_checkpointing` (layers are computed again for the backward pass instead of being kept);
-    `finetune_scopes` may map names to LoRA ranks.
+    `gradient_checkpointing` (layers are computed again for the backward pass instead of being kept), `qk_layernorm`
+    (queries and keys are normalised head by head), `sliding_window` (layers see so many tokens, themselves included),
+    `global_layers` (these see everything all the same, and do not rotate), `lora_alpha` (None: the rank),
+    `lora_rslora` (scaled by alpha / sqrt(r)), `lora_ff` (adapters beside the feedforward too); `finetune_scopes` may
+    map names to LoRA ranks, or to keywords of `add_finetune_params`.
     """
 
     _version = 2  # in state dicts: weights of ours need no guess at the generation
@@ -53,7 +60,7 @@ class PaLM(nn.Module):
         lora_r: int = 8,
         rotary_xpos_scale_base: int | float = 512,
         flash_attn: bool = False,
-        finetune_scopes: list[str] | tuple[str, ...] | dict[str, int] = (),
+        finetune_scopes: list[str] | tuple[str, ...] | dict[str, int | dict[str, Any]] = (),
         cross_entropy_ignore_index: int = 0,
         kv_heads: int = 1,
         rotary_theta: int | float = 10000,
@@ -62,10 +69,17 @@ class PaLM(nn.Module):
         norm_eps: float = 1e-5,
         logit_scale: int | float = 1.0,
         gradient_checkpointing: bool = False,
+        qk_layernorm: bool = False,
+        sliding_window: int | None = None,
+        global_layers: list[int] | tuple[int, ...] = (),
+        lora_alpha: int | float | None = None,
+        lora_rslora: bool = False,
+        lora_ff: bool = False,
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "finetune_scopes")}
         check_sizes(dim=dim, num_tokens=num_tokens, depth=depth, heads=heads, kv_heads=kv_heads, dim_head=dim_head)
+        check_window(sliding_window, global_layers, depth, causal)
         self.dim, self.num_tokens, self.dim_head, self.heads, self.causal = (
             dim,
             num_tokens,
@@ -74,6 +88,9 @@ class PaLM(nn.Module):
             causal,
         )
         self.kv_heads, self.lora_r, self.logit_scale = kv_heads, lora_r, logit_scale
+        self.sliding_window = sliding_window
+        self.config["global_layers"] = list(global_layers)  # as JSON gives it back
+        self.windowed = [sliding_window is not None and i not in global_layers for i in range(depth)]
         self.cross_entropy_ignore_index = cross_entropy_ignore_index
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -96,17 +113,19 @@ class PaLM(nn.Module):
             ff_inner_dim=ff_inner_dim,
             norm_eps=norm_eps,
             rotary_emb=rotary_emb,
+            qk_layernorm=qk_layernorm,
         )
-        self.layers = nn.ModuleList([Residual(block()) for _ in range(depth)])
+        self.layers = nn.ModuleList([Residual(block(rotates=i not in global_layers)) for i in range(depth)])
         self.norm = LayerNorm(dim, norm_eps)
         self.to_logits = nn.Linear(dim, num_tokens, bias=False)
         self.to_logits.weight = self.token_emb.weight
         nn.init.normal_(self.token_emb.weight, std=0.02)
 
         self.finetune_modules = nn.ModuleDict()
-        ranks = finetune_scopes if isinstance(finetune_scopes, dict) else dict.fromkeys(finetune_scopes)
-        for scope, r in ranks.items():
-            self.add_finetune_params(scope, r)
+        self.lora_options: dict[str, LoraOptions] = {}
+        scopes = finetune_scopes if isinstance(finetune_scopes, dict) else dict.fromkeys(finetune_scopes)
+        for scope, options in scopes.items():
+            self.add_finetune_params(scope, **(options if isinstance(options, dict) else {"lora_r": options}))
         self.register_load_state_dict_pre_hook(adopt_reference_weights)
 
     @property
@@ -126,13 +145,17 @@ class PaLM(nn.Module):
 
     @property
     def whole_config(self) -> dict:
-        """The constructor's keywords that make this model, adapters of every rank included."""
-        ranks = {scope: lora[0][0].A.shape[-1] for scope, lora in self.finetune_modules.items()}
-        return {**self.config, "finetune_scopes": ranks}
+        """The constructor's keywords that make this model, adapters of every kind included."""
+        scopes = {}
+        for scope in self.finetune_modules:
+            made = self.lora_options[scope]
+            like_the_model = made == replace(self.lora_defaults, r=made.r)
+            scopes[scope] = made.r if like_the_model else {f"lora_{k}": v for k, v in asdict(made).items()}
+        return {**self.config, "finetune_scopes": scopes}
 
     def save(self, path: str | Path) -> None:
         """Write weights and constructor keywords as safetensors, atomically."""
-        save_weights(path, self.state_dict(), self.whole_config)
+        save_weights(path, self.state_dict(), self.whole_config, self.pretrained)
 
     def load(self, path: str | Path, generation: str | None = None) -> PaLM:
         """Load .safetensors or .pt weights of ours or of the reference; no code in them is ever run.
@@ -155,6 +178,7 @@ class PaLM(nn.Module):
 
     def set_causal(self, causal: bool) -> PaLM:
         """Let tokens see the past only, or everything; xpos follows unless `use_xpos` says otherwise."""
+        check_window(self.sliding_window, (), len(self.layers), causal)
         self.causal = self.config["causal"] = causal
         for layer in self.layers:
             layer.fn.attend.causal = causal
@@ -162,25 +186,41 @@ class PaLM(nn.Module):
         self.rotary_emb.use_xpos = causal if xpos is None else xpos
         return self
 
-    def add_finetune_params(self, scope: str, lora_r: int | None = None) -> None:
-        """Add LoRA adapters under a new name."""
+    @property
+    def lora_defaults(self) -> LoraOptions:
+        """How adapters are made unless `add_finetune_params` is told otherwise."""
+        config = self.config
+        return LoraOptions(self.lora_r, config["lora_alpha"], config["lora_rslora"], config["lora_ff"])
+
+    def add_finetune_params(
+        self,
+        scope: str,
+        lora_r: int | None = None,
+        *,
+        lora_alpha: float | None = None,
+        lora_rslora: bool | None = None,
+        lora_ff: bool | None = None,
+    ) -> None:
+        """Add LoRA adapters under a new name, with the model's own options where None. They are float32 at least."""
         if scope in self.finetune_modules:
             raise ValueError(f"the finetune scope {scope!r} is already there; remove or merge it first")
-        r = self.lora_r if lora_r is None else lora_r
-        lora = nn.ModuleList([layer.fn.new_lora(r) for layer in self.layers])
+        given = {"r": lora_r, "alpha": lora_alpha, "rslora": lora_rslora, "ff": lora_ff}
+        options = replace(self.lora_defaults, **{k: v for k, v in given.items() if v is not None})
+        lora = nn.ModuleList([layer.fn.new_lora(options) for layer in self.layers])
         self.finetune_modules[scope] = lora.to(self.device, self.token_emb.weight.dtype)
+        self.lora_options[scope] = options
 
     def remove_finetune_params(self, scope: str) -> None:
         """Drop the adapters of a scope."""
         self._lora(scope)
-        del self.finetune_modules[scope]
+        del self.finetune_modules[scope], self.lora_options[scope]
 
     @torch.no_grad()
     def merge_finetune_params(self, scope: str) -> None:
         """Make the adapters of a scope part of the weights for good, and drop the scope."""
         for layer, lora in zip(self.layers, self._lora(scope), strict=True):
             layer.fn.merge_lora(lora)
-        del self.finetune_modules[scope]
+        self.remove_finetune_params(scope)
 
     @contextmanager
     def merged(self, scope: str | None) -> Iterator[None]:
@@ -192,10 +232,8 @@ class PaLM(nn.Module):
         try:
             with torch.no_grad():
                 for layer, lora in zip(self.layers, self._lora(scope), strict=True):
-                    block = layer.fn
-                    touched = block.fused_attn_ff_proj.weight.data[: sum(block.fused_dims[:3])]
-                    saved += [(t, t.clone()) for t in (touched, block.attn_out.weight.data)]
-                    block.merge_lora(lora)
+                    saved += [(rows, rows.clone()) for rows, _ in layer.fn.adapted(lora)]
+                    layer.fn.merge_lora(lora)
             yield
         finally:
             for weight, before in saved:
@@ -272,7 +310,7 @@ class PaLM(nn.Module):
         else:
             embeds = self.token_emb(ids)
         if extra_embed is not None:
-            embeds = embeds + extra_embed
+            embeds = embeds + extra_embed.to(embeds.dtype)
         embeds = self._layers(embeds, mask, lora) if cache is None else self._cached(embeds, mask, lora, cache)
         embeds = self.norm(embeds)
 
@@ -286,14 +324,24 @@ class PaLM(nn.Module):
         return (logits, embeds) if return_logits_with_embedding else logits
 
     def _layers(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None) -> Tensor:
-        rotation = self.rotary_emb(x.shape[1]).over(self.heads, self.kv_heads)
+        n = x.shape[1]
+        rotation = self.rotary_emb(n).over(self.heads, self.kv_heads)
         if mask is not None and mask.ndim == 2 and self.causal:
             mask = causal_key_mask(mask)
+        near = mask
+        if self._reaches_beyond(n):
+            positions = torch.arange(n, device=x.device)[None]
+            (near,) = as_computed(narrowed(mask, window_mask(positions, n, self.sliding_window), x.dtype))
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-            x = run(x, mask, lora[i] if lora is not None else None, rotation=rotation)
+            visible = near if self.windowed[i] else mask
+            x = run(x, visible, lora[i] if lora is not None else None, rotation=rotation)
         return x
+
+    def _reaches_beyond(self, n: int) -> bool:
+        """Whether n tokens are more than a layer's window, if there is one."""
+        return self.sliding_window is not None and n > self.sliding_window
 
     def _cached(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, cache: KVCache) -> Tensor:
         if not self.causal:
@@ -309,12 +357,18 @@ class PaLM(nn.Module):
         n = x.shape[1]
         positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
         rotation = self.rotary_emb(positions, cache.centre).over(self.heads, self.kv_heads)
-        visible = None  # a first pass is plainly causal: padding on the right is never in anyone's past
+        slots = n if first else cache.span(n)
+        far = None  # a first pass is plainly causal: padding on the right is never in anyone's past
         if not first:
-            unseen = torch.arange(cache.span(n), device=x.device) > positions[..., None]
+            unseen = torch.arange(slots, device=x.device) > positions[..., None]
             # added to the scores, made once for all layers
-            visible = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+            far = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        near = far
+        if self._reaches_beyond(slots):
+            rows = positions[:1] if first else positions  # at first all begin at 0
+            near = added_to_scores(window_mask(rows, slots, self.sliding_window), x.dtype)
         for i, layer in enumerate(self.layers):
+            visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
             x = layer(x, visible, lora[i] if lora is not None else None, rotation=rotation, remember=remember)
         return x
@@ -457,6 +511,21 @@ def check_sizes(heads: int, kv_heads: int, dim_head: int, **sizes: int) -> None:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
     if dim_head % 2:
         raise ValueError(f"dim_head must be even for rotary embeddings, got {dim_head}")
+
+
+def check_window(sliding_window: int | None, global_layers: Sequence[int], depth: int, causal: bool) -> None:
+    if sliding_window is None:
+        if global_layers:
+            raise ValueError("without sliding_window every layer is global: leave global_layers empty")
+        return
+    if sliding_window < 1:
+        raise ValueError(f"sliding_window counts the tokens a layer sees and must be 1 or more, got {sliding_window}")
+    if not causal:
+        raise ValueError(
+            "an encoder (causal=False) sees past and future, a sliding_window only the past: drop one of them"
+        )
+    if any(not 0 <= i < depth for i in global_layers):
+        raise ValueError(f"global_layers are numbers of layers from 0 to {depth - 1}, got {list(global_layers)}")
 
 
 def lengths_of(prompts: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prompts that a policy practises on."""
+"""The prompts that a policy practises on, as ids and as they were given."""
 
 from __future__ import annotations
 
@@ -87,3 +87,17 @@ class Prompts:
         """Ids (b, n), cut to the longest, and lengths (b,)."""
         lengths = self.lengths[rows]
         return self.ids[rows, : int(lengths.max())], lengths
+
+
+class Remembered:
+    """What a `Scorer` decodes with where a reward is to see prompts as they were given, a `Conversation` with its
+    messages, and not as the text of their ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.prompts = {tuple(encode_prompt(tokenizer, prompt)): prompt for prompt in prompts}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        found = self.prompts.get(tuple(ids))
+        return self.tokenizer.decode(ids) if found is None else found

@@ -18,11 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch.conversation import as_json, from_json
 from palm_rlhf_pytorch.data import read_records
 from palm_rlhf_pytorch.evaluation import prompt_batch
 from palm_rlhf_pytorch.files import atomic_path
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.palm import PaLM, seeded
+from palm_rlhf_pytorch.prompts import Remembered
 from palm_rlhf_pytorch.rollout import Reward, Scorer, ends_with_eos
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
@@ -57,7 +59,7 @@ def best_of_n(
     """The answer with the highest score of `samples` to each prompt. The reward is one that `Scorer` takes: of text."""
     palm.eval()
     ids, lengths = (t.to(palm.device) for t in prompts_with_room(tokenizer, prompts, options.max_seq_len))
-    scorer, generator, n = Scorer(reward, tokenizer), seeded(seed, palm.device), options.samples
+    scorer, generator, n = Scorer(reward, Remembered(tokenizer, prompts)), seeded(seed, palm.device), options.samples
     scorer.check(palm.num_tokens)
     window = max(1, BATCHES_AT_ONCE * options.rollout_batch // n)
     found: list[Best] = []
@@ -70,12 +72,12 @@ def best_of_n(
                 options.max_seq_len,
                 generation.Sampling(options.temperature),
                 tokenizer.pad_id,
-                eos_token=tokenizer.eos_id,
+                eos_token=tokenizer.eos_ids,
                 generator=generator,
                 max_batch=options.rollout_batch,
                 on_ended=bar.update,
             )
-            finished = ends_with_eos(answers.sequence, answers.mask, tokenizer.eos_id)
+            finished = ends_with_eos(answers.sequence, answers.mask, tokenizer.eos_ids)
             tokens = options.rollout_batch * answers.sequence.shape[1]
             scores = scorer(answers, tokens, options.rollout_batch) - options.missing_eos_penalty * ~finished
             for i, (prompt, group) in enumerate(zip(prompts[part], scores.view(-1, n), strict=True)):
@@ -113,10 +115,10 @@ def summary(found: Sequence[Best], n: int) -> str:
 def write_best(path: str | Path, found: Sequence[Best]) -> None:
     """JSON Lines, atomically; `read_demonstrations` takes them."""
     with atomic_path(path) as temporary:
-        lines = (json.dumps(b._asdict(), ensure_ascii=False) + "\n" for b in found)
+        lines = (json.dumps({**b._asdict(), "prompt": as_json(b.prompt)}, ensure_ascii=False) + "\n" for b in found)
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def read_best(path: str | Path) -> list[Best]:
     """What `write_best` wrote."""
-    return [Best(**record) for _, record in read_records(path)]
+    return [Best(**{**record, "prompt": from_json(record["prompt"])}) for _, record in read_records(path)]

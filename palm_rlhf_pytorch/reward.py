@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.checkpoint import load_weights, read_config, save_weights
 from palm_rlhf_pytorch.ops import has_token_after_padding, lengths_to_mask, masked_mean
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.pretrained import PretrainedReward
 from palm_rlhf_pytorch.utils import eval_decorator, gumbel_sample
 
 
@@ -26,7 +27,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
-class RewardModel(nn.Module):
+class RewardModel(PretrainedReward, nn.Module):
     """A copy of `palm` with a head on its mean embedding: ratings in bins (cross-entropy) or a scalar (MSE).
 
     With `use_lora` only adapters, the prompt/response embeddings and the head are trained. Beyond the reference:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from palm_rlhf_pytorch.precision import Unrounded
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (t * cos + rotate_half(t) * sin).to(t.dtype)
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Unrounded):
     """Angles position * theta^(-2i/d) on the two halves of a head; with xpos, queries grow by
     scale^((position - centre) / scale_base) and keys shrink by it. The centre cancels in q . k, so any fixed one
     gives the same attention; cached keys stay valid as long as it does not move.
@@ -84,10 +86,6 @@ class RotaryEmbedding(nn.Module):
         self.scale_base = scale_base
         self.register_buffer("inv_freq", theta ** -(even / dim))
         self.register_buffer("scale", (even + 0.4 * dim) / (1.4 * dim))
-
-    def _apply(self, fn, *args, **kwargs):
-        # .half() and .bfloat16() move the buffers but must not round the frequencies
-        return super()._apply(lambda t: t.to(fn(t).device), *args, **kwargs)
 
     def forward(self, positions: Tensor | int, centre: float | None = None) -> Rotation:
         """Positions (n,) or (b, n), or a length n; `centre` is n // 2 unless given."""

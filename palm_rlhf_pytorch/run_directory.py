@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from palm_rlhf_pytorch.extras import require
 from palm_rlhf_pytorch.files import write_json
 from palm_rlhf_pytorch.metrics import MetricsLog
@@ -28,7 +30,9 @@ def fresh_directory(path: str | Path) -> Path:
 
 
 class RunDirectory:
-    """config.json, tokenizer.json, model.safetensors or reward.safetensors, metrics.jsonl, curves.png, state.pt."""
+    """config.json, tokenizer.json, model.safetensors or reward.safetensors, metrics.jsonl, curves.png, state.pt;
+    adapter/ where an imported model was trained by adapters.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -49,8 +53,22 @@ class RunDirectory:
         return self / "state.pt"
 
     @property
+    def adapter(self) -> Path:
+        return self / "adapter"
+
+    @property
     def reference(self) -> Path:
         return self / "reference.safetensors"
+
+    def is_imported(self) -> bool:
+        """Whether the directory is no run but a model of Hugging Face."""
+        return (self / "config.json").is_file() and "architectures" in self.notes()
+
+    def adapter_of(self, model: str) -> Path | None:
+        """Where the adapters that a run trains on `model` are kept as PEFT's: only those on a model of Hugging Face,
+        here or on the hub, because PEFT could not find another run's.
+        """
+        return self.adapter if not Path(model).exists() or RunDirectory(model).is_imported() else None
 
     def claim(self, resume: bool) -> None:
         """Refuse a directory that another run is in, before any work is done. Gone on with it is only on request."""
@@ -109,9 +127,11 @@ class RunDirectory:
         self._need(self.weights, "a language model (from pretrain, sft, ppo, ...)")
         return PaLM.from_checkpoint(self.weights).eval()
 
-    def reward_model(self) -> RewardModel:
+    def reward_model(self, device: torch.device | str = "cpu") -> RewardModel:
+        """In float32, on a GPU in what it was saved in."""
         self._need(self.reward_weights, "a reward model (from reward)")
-        return RewardModel.from_checkpoint(self.reward_weights).eval()
+        dtype = None if torch.device(device).type == "cuda" else torch.float32
+        return RewardModel.from_pretrained(self.reward_weights, dtype, device)
 
     def _need(self, path: Path, what: str) -> None:
         if not path.is_file():

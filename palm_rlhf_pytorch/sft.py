@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from palm_rlhf_pytorch.actor import predictions
 from palm_rlhf_pytorch.batches import Row, encode_response, packed_batches
 from palm_rlhf_pytorch.data import Demonstration
 from palm_rlhf_pytorch.fine_tuning import TuningOptions, all_response_sums, fine_tune
@@ -35,9 +36,7 @@ def response_loss(palm: PaLM, batch: Batch, scope: str | None = None) -> Tensor:
     a response always has a token of its own prompt before it.
     """
     ids, response_mask, segment_ids = batch
-    embeds = palm(ids, return_only_embedding=True, finetune_scope=scope, segment_ids=segment_ids)
-    follows = response_mask[:, 1:]
-    return linear_cross_entropy(embeds[:, :-1][follows], palm.to_logits.weight, ids[:, 1:][follows], palm.logit_scale)
+    return linear_cross_entropy(*predictions(palm, ids, response_mask, scope=scope, segment_ids=segment_ids))
 
 
 def train_on_demonstrations(

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, byte-level BPE, or any transformers tokenizer.
+"""Text to token ids and back: bytes, byte-level BPE, or any transformers tokenizer with its chat template.
 
 Axes: b texts, n tokens.
 """
@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from palm_rlhf_pytorch.conversation import Message
 from palm_rlhf_pytorch.extras import require
 from palm_rlhf_pytorch.files import atomic_path, write_json
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 CONFIG_FILE = "tokenizer_config.json"
 BPE_FILE = "tokenizer.json"
+# where models on the hub say which ids end an answer, and which pad and begin it; the first file that says it counts
+ID_FILES = ("generation_config.json", "config.json")
+ID_NAMES = ("eos_token_id", "pad_token_id", "bos_token_id")
 
 # What published tokenizer.json files call their special tokens, looked up in this order.
 PAD_NAMES = ("<pad>", "[PAD]", "<|padding|>", "<|pad|>")
@@ -33,13 +37,19 @@ EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "[SEP]")
 class Tokenizer(ABC):
     """What every tokenizer offers; a subclass supplies `encode`, `_decode` and `save`.
 
-    `num_tokens` is one more than the largest id: the size of the embedding a model needs.
+    `num_tokens` is one more than the largest id: the size of the embedding a model needs. `eos_id` is what ends the
+    answers that are learned; drawn ones end with any of `eos_ids`, of which it is the first.
     """
 
     num_tokens: int
     pad_id: int
     bos_id: int
     eos_id: int
+    has_chat: bool = False  # whether there is a chat template
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -48,6 +58,15 @@ class Tokenizer(ABC):
     def encode_start(self, text: str) -> list[int]:
         """Ids of a text that nothing stands before; most tokenizers make no difference."""
         return self.encode(text)
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of messages with roles by the tokenizer's chat template, which also says whether bos comes first;
+        in the end those that open the assistant's turn. Text that looks like a special token is one here.
+        """
+        raise ValueError(
+            "the tokenizer has no chat template for messages with roles: take a model whose tokenizer has one, or say "
+            "--no-chat (chat=False) to have them as plain text"
+        )
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -67,7 +86,7 @@ class Tokenizer(ABC):
             if ids.ndim != 1:
                 raise ValueError(f"decode takes the ids of one text, (n,), got {tuple(ids.shape)}.")
             ids = ids.tolist()
-        dropped = {self.pad_id, self.bos_id, self.eos_id}
+        dropped = {self.pad_id, self.bos_id, *self.eos_ids}
         return self._decode([i for i in ids if 0 <= i < self.num_tokens and i not in dropped])
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -186,30 +205,62 @@ class BPETokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A transformers tokenizer. It must know an eos; bos and pad fall back to eos."""
+    """A transformers tokenizer. It must know an eos, or be told one; bos and pad fall back to those given, then to eos.
 
-    def __init__(self, tokenizer: Any):
-        if tokenizer.eos_token_id is None:
+    eos_ids: the ids that end an answer of the model, where they are more than the tokenizer's own eos.
+    """
+
+    def __init__(
+        self, tokenizer: Any, eos_ids: Sequence[int] = (), *, pad_id: int | None = None, bos_id: int | None = None
+    ):
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self._eos_ids = tuple(dict.fromkeys((*own, *eos_ids)))
+        if not self._eos_ids:
             raise ValueError("the transformers tokenizer has no eos token: set its eos_token first.")
-        self.eos_id = tokenizer.eos_token_id
-        self.bos_id = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
+        self.eos_id = self._eos_ids[0]
+        self.bos_id, self.pad_id = (
+            next(i for i in (one, other, self.eos_id) if i is not None)
+            for one, other in ((tokenizer.bos_token_id, bos_id), (tokenizer.pad_token_id, pad_id))
+        )
         self.tokenizer = tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self._eos_ids
+
+    @property
+    def has_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template)
 
     @classmethod
     def load(cls, name: str) -> HFTokenizer:
-        """A directory written by `save_pretrained`, or the name of a tokenizer on the hub."""
+        """A directory written by `save_pretrained`, with what its model's files say of special ids, or the name of a
+        tokenizer on the hub.
+        """
         transformers = require("transformers", "hf")
+        ours = {"command", "palm"} & set(_read_config(Path(name) / "config.json"))  # not one to look a model up in
+        keywords = {"config": transformers.PretrainedConfig()} if ours else {}
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **keywords)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"no tokenizer at {name}: expected a directory saved by this library or by transformers, "
                 f"a tokenizer.json file, or the name of a tokenizer on the hub ({reason})."
             ) from error
-        return cls(tokenizer)
+        return cls(tokenizer, **model_ids(name))
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        if not self.has_chat:
+            return super().encode_chat(messages, add_generation_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [message._asdict() for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"the tokenizer's chat template does not take these messages: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False, verbose=False)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -222,8 +273,12 @@ class HFTokenizer(Tokenizer):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as staging:
             self.tokenizer.save_pretrained(staging)
-            for file in Path(staging).iterdir():
-                os.replace(file, directory / file.name)
+            for file in (path for path in Path(staging).rglob("*") if path.is_file()):
+                place = directory / file.relative_to(staging)  # templates by name lie in a directory of their own
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+        ids = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id, "bos_token_id": self.bos_id}
+        write_json(directory / ID_FILES[0], ids)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -243,6 +298,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         settings = {name: config.get(name) for name in ("pad_id", "bos_id", "eos_id")}
         return BPETokenizer.from_file(path / BPE_FILE, **settings, space_first=config.get("space_first", False))
     raise ValueError(f"{path / CONFIG_FILE} names the kind {kind!r}: expected byte or bpe.")
+
+
+def model_ids(directory: str | Path) -> dict[str, Any]:
+    """What the files of a model in a directory say of special ids: the keywords of `HFTokenizer`."""
+    said = {name: [] for name in ID_NAMES}
+    for file in ID_FILES:
+        config = _read_config(Path(directory) / file)
+        for name in ID_NAMES:
+            value = config.get(name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(i, int) for i in ids):
+                raise ValueError(f"{Path(directory) / file} says {name}={value!r}: expected a whole number or several.")
+            said[name] += ids
+    eos, pad, bos = said.values()
+    return {"eos_ids": eos, "pad_id": next(iter(pad), None), "bos_id": next(iter(bos), None)}
 
 
 def _read_config(path: Path) -> dict[str, Any]:

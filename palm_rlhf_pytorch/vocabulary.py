@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from palm_rlhf_pytorch.precision import HALVES
+
 LOGITS_PER_CHUNK = 2**22  # 16 MiB in float32, which a CPU's caches still serve
 ROWS_PER_CHUNK = 64  # at least: each chunk reads the whole weight
 ON_GPU = 16  # times as many: there, products want to be large
+MULTIPLIES_INTO_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # on a GPU; from torch 2.8 on
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -33,12 +36,12 @@ def linear_log_probs(
     embeds (m, d), weight (v, d), targets (m,) -> log_probs (m,), entropy (m,), both float32. Where m * v is more than
     a chunk, rows go through the vocabulary in chunks, and each chunk's logits are made anew for its backward pass.
     """
-    embeds, weight = as_computed(embeds, weight)
-    if embeds.shape[0] <= rows_of_chunk(weight):
+    embeds, weight, rounded = as_multiplied(embeds, weight)
+    if embeds.shape[0] <= rows_of_chunk(weight) and rounded:
         log_probs = log_softmax(F.linear(embeds, weight) * scale, temperature)
         return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy_of(log_probs)
     with torch.autocast(embeds.device.type, enabled=False):  # what follows is float32 wherever sums are taken
-        return ChunkedLogProbs.apply(embeds, weight, targets, scale / temperature)
+        return ChunkedLogProbs.apply(embeds, weight, targets, scale / temperature, rounded)
 
 
 @torch.no_grad()
@@ -46,9 +49,9 @@ def target_log_probs(
     embeds: Tensor, weight: Tensor, targets: Tensor, scale: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
     """The first of `linear_log_probs` alone, without gradient (m,)."""
-    embeds, weight = as_computed(embeds, weight)
+    embeds, weight, rounded = as_multiplied(embeds, weight)
     parts = [
-        chunk_log_probs(e, weight, scale / temperature).gather(-1, t[:, None]).squeeze(-1)
+        chunk_log_probs(e, weight, scale / temperature, rounded).gather(-1, t[:, None]).squeeze(-1)
         for e, t in chunks(weight, embeds, targets)
     ]
     return torch.cat(parts)
@@ -68,8 +71,8 @@ def linear_cross_entropy(
     In chunks like `linear_log_probs`; gradients are made with the loss, so that no logits are computed twice. torch
     has such a function from 2.13 on; with its own choice of chunks it took three to four times as long on a CPU.
     """
-    embeds, weight = as_computed(embeds, weight)
-    if embeds.shape[0] <= rows_of_chunk(weight):
+    embeds, weight, rounded = as_multiplied(embeds, weight)
+    if embeds.shape[0] <= rows_of_chunk(weight) and rounded:
         logits = F.linear(embeds, weight)
         return F.cross_entropy((logits if scale == 1.0 else logits * scale).float(), targets, ignore_index=ignore_index)
     if not torch.is_grad_enabled():  # a Function is not told, and would make gradients
@@ -77,7 +80,7 @@ def linear_cross_entropy(
     counted = targets != ignore_index
     shares = counted / counted.sum()
     with torch.autocast(embeds.device.type, enabled=False):
-        return ChunkedCrossEntropy.apply(embeds, weight, targets.where(counted, 0), shares, scale, tied)
+        return ChunkedCrossEntropy.apply(embeds, weight, targets.where(counted, 0), shares, scale, tied, rounded)
 
 
 def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -86,6 +89,24 @@ def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     if torch.is_autocast_enabled(kind):
         return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
     return tensors
+
+
+def as_multiplied(embeds: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both `as_computed`, and whether their product may be rounded to their precision: where that is the whole of
+    float32, or where autocast asks for less. Weights in half precision alone do not: logits of 20 would be rounded to
+    1/8, and their log-probs with them.
+    """
+    asked = torch.is_autocast_enabled(embeds.device.type)
+    return *as_computed(embeds, weight), asked or weight.dtype not in HALVES
+
+
+def float_logits(embeds: Tensor, weight: Tensor, rounded: bool) -> Tensor:
+    """embeds (m, d) @ weight^T (v, d) -> (m, v) in float32, its sums not rounded in between unless they may be."""
+    if rounded or (weight.is_cuda and not MULTIPLIES_INTO_FLOAT32):
+        return F.linear(embeds, weight).float()
+    if weight.is_cuda:
+        return torch.mm(embeds, weight.t(), out_dtype=torch.float32)
+    return F.linear(embeds.float(), weight.float())
 
 
 def rows_of_chunk(weight: Tensor) -> int:
@@ -97,8 +118,8 @@ def chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(rows_of_chunk(weight)) for t in tensors), strict=True)
 
 
-def chunk_log_probs(embeds: Tensor, weight: Tensor, scale: float) -> Tensor:
-    logits = F.linear(embeds, weight).float()
+def chunk_log_probs(embeds: Tensor, weight: Tensor, scale: float, rounded: bool = True) -> Tensor:
+    logits = float_logits(embeds, weight, rounded)
     if scale != 1.0:
         logits *= scale
     # in place where that is known to be safe: a CPU's kernel is done with a row before it writes it
@@ -161,12 +182,14 @@ class ChunkedLogProbs(torch.autograd.Function):
     """`linear_log_probs` beyond one chunk."""
 
     @staticmethod
-    def forward(ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        ctx.scale = scale
+    def forward(
+        ctx: Any, embeds: Tensor, weight: Tensor, targets: Tensor, scale: float, rounded: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.scale, ctx.rounded = scale, rounded
         ctx.set_materialize_grads(False)
         parts = []
         for e, t in chunks(weight, embeds, targets):
-            log_probs = chunk_log_probs(e, weight, scale)
+            log_probs = chunk_log_probs(e, weight, scale, rounded)
             parts.append((log_probs.gather(-1, t[:, None]).squeeze(-1), entropies(log_probs)))
             del log_probs
         log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -182,10 +205,10 @@ class ChunkedLogProbs(torch.autograd.Function):
             by_log_probs = torch.zeros(len(targets), device=targets.device)
         entropies_too = () if by_entropy is None else (entropy, by_entropy)
         for e, t, g, *h in chunks(weight, embeds, targets, by_log_probs, *entropies_too):
-            log_probs = chunk_log_probs(e, weight, ctx.scale)
+            log_probs = chunk_log_probs(e, weight, ctx.scale, ctx.rounded)
             gradients.add(to_gradient_of_logits(log_probs, t, g, ctx.scale, *h), e, weight)
             del log_probs
-        return *gradients.pair(), None, None
+        return *gradients.pair(), None, None, None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -200,11 +223,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         shares: Tensor,
         scale: float,
         tied: list[Tensor] | None,
+        rounded: bool,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:2]
         gradients, total = Gradients(embeds, weight, needed), torch.zeros((), device=embeds.device)
         for e, t, share in chunks(weight, embeds, targets, shares):
-            log_probs = chunk_log_probs(e, weight, scale)
+            log_probs = chunk_log_probs(e, weight, scale, rounded)
             total -= share @ log_probs.gather(-1, t[:, None]).squeeze(-1)
             if any(needed):
                 gradients.add(to_gradient_of_logits(log_probs, t, -share, scale), e, weight)
@@ -222,7 +246,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.tied is not None and to_weight is not None:
             ctx.tied.append(to_weight)
             to_weight = None
-        return to_embeds, to_weight, None, None, None, None
+        return to_embeds, to_weight, None, None, None, None, None
 
 
 class Lookup(torch.autograd.Function):

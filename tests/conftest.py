@@ -35,7 +35,7 @@ def make(**keywords) -> PaLM:
     model = PaLM(**{**dict(dim=24, num_tokens=17, depth=2, dim_head=8, heads=4), **keywords})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith(".B"):
+            if parameter.ndim == 1 or name.endswith((".B", ".gamma")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
             elif name == "token_emb.weight":
                 parameter.normal_(std=0.4)

@@ -213,3 +213,32 @@ def test_old_keyword_warns_at_the_callers_line():
     with pytest.warns(DeprecationWarning, match="critic_palm has moved: use critic") as caught:
         actor_critic = ActorCritic(tiny_palm(), critic_palm=critic)
     assert actor_critic.critic_palm is critic and caught[0].filename == __file__
+
+
+def test_values_are_read_off_in_float32_beside_half_precision():
+    palm = tiny_palm().bfloat16()
+    actor_critic = ActorCritic(palm, critic_dim_out=1)
+    shake([*actor_critic.actor_parameters(), *actor_critic.critic_parameters()])
+    for some in (actor_critic, actor_critic.bfloat16()):
+        assert {p.dtype for p in some.critic_parameters()} == {torch.float32}
+        assert palm.token_emb.weight.dtype == torch.bfloat16
+        values = some.values(PROMPTS)
+        embeds = palm(PROMPTS, return_only_embedding=True, finetune_scope="critic")
+        expected = embeds.float() @ some.value_head.weight[0] + some.value_head.bias
+        assert embeds.dtype == torch.bfloat16 and values.dtype == torch.float32
+        torch.testing.assert_close(values, expected)
+
+
+def test_policy_log_probs_of_half_precision_are_float32():
+    """Those of the embeddings that the trunk gives, not rounded again on the way through the vocabulary."""
+    palm = tiny_palm(logit_scale=3.3).bfloat16()
+    actor_critic = ActorCritic(palm)
+    response_mask = torch.arange(5) >= torch.tensor([[3]] * 4)
+    found = actor_critic.log_probs(PROMPTS, response_mask, temperature=0.7)
+    embeds = palm(PROMPTS, return_only_embedding=True).float()
+    exact = (embeds @ palm.token_emb.weight.float().t() * 3.3 / 0.7).log_softmax(-1)
+    for row in range(4):
+        for t in (3, 4):
+            expected = exact[row, t - 1, PROMPTS[row, t]].item()
+            assert found.log_probs[row, t].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(found.log_probs, actor_critic.reference_log_probs(PROMPTS, response_mask, 0.7))

@@ -2,7 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf_pytorch.attention import Attention, added_to_scores, causal_key_mask, segment_mask
+from palm_rlhf_pytorch import attention
+from palm_rlhf_pytorch.attention import (
+    Attention,
+    added_to_scores,
+    causal_key_mask,
+    narrowed,
+    segment_mask,
+    window_mask,
+)
 
 
 def plain(q, k, v, causal, key_mask=None):
@@ -47,6 +55,22 @@ def test_one_query_over_many_keys_is_the_formula(kv_heads):
     torch.testing.assert_close(decoding, plain(q, k, v, False, mask))
 
 
+def test_keys_repeated_for_a_mask_are_the_same_keys(monkeypatch):
+    """As on a GPU, whose fused kernels take a mask, or heads that share a key, but not both."""
+    monkeypatch.setattr(attention, "shares_keys_under_masks", lambda q: False)
+    q, k, v = qkv(2)
+    mask = torch.arange(7) < torch.tensor([[7], [5]])
+    real = mask[:, None, :, None]
+    found = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **kw: found.append(kw["enable_gqa"]) or kernel(*args, **kw)
+    )
+    torch.testing.assert_close(Attention(causal=True)(q, k, v, mask) * real, plain(q, k, v, True, mask) * real)
+    torch.testing.assert_close(Attention(causal=True)(q, k, v), plain(q, k, v, True))
+    assert found == [False, True]
+
+
 def test_gradients_are_the_formulas():
     for kv_heads in (1, 2):
         inputs = [t.requires_grad_() for t in qkv(kv_heads)]
@@ -81,6 +105,33 @@ def test_segment_mask_by_hand():
     assert segment_mask(segment_ids, False).int().tolist() == [
         [[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]
     ]
+
+
+def test_window_mask_by_hand():
+    mask = window_mask(torch.tensor([[0, 1, 2, 3]]), 4, 2)
+    assert mask.int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]]]
+    ragged = window_mask(torch.tensor([[4], [1]]), 6, 3)  # one query a row, over a cache
+    assert ragged.int().tolist() == [[[[0, 0, 1, 1, 1, 0]]], [[[1, 1, 0, 0, 0, 0]]]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 7, 100])
+def test_window_mask_is_what_it_says(window):
+    positions, keys = torch.tensor([[0, 3, 4, 6], [2, 2, 9, 5]]), 11
+    mask = window_mask(positions, keys, window)
+    for b in range(2):
+        for i in range(4):
+            at = int(positions[b, i])
+            assert mask[b, 0, i].nonzero().flatten().tolist() == list(range(max(0, at - window + 1), at + 1))
+
+
+def test_narrowed_is_both():
+    visible = window_mask(torch.arange(7)[None], 7, 3)
+    padded = causal_key_mask(torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7]).bool())
+    expected = added_to_scores(padded & visible, torch.float32)
+    assert torch.equal(narrowed(None, visible, torch.float32), added_to_scores(visible, torch.float32))
+    assert torch.equal(narrowed(padded, visible, torch.float32), expected)
+    assert torch.equal(narrowed(added_to_scores(padded, torch.float32), visible, torch.float32), expected)
+    assert narrowed(padded, visible, torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -2,6 +2,7 @@ from itertools import islice
 
 import pytest
 import torch
+from chat import BOS, BOT, END, EOS, START, USER, assistant, chat_tokenizer, user
 
 from palm_rlhf_pytorch.batches import (
     best_fit,
@@ -15,6 +16,7 @@ from palm_rlhf_pytorch.batches import (
     pad_sequences,
     spans,
 )
+from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 
@@ -59,6 +61,63 @@ def test_only_the_start_of_a_text_is_encoded_as_one():
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     assert encode_response(tokenizer, "a", "b", 9) == ([bos, *tokenizer.encode(" ab"), eos], 3)
     assert encode_response(tokenizer, "", "b", 9) == ([bos, *tokenizer.encode(" b"), eos], 1)
+
+
+# conversations
+
+TALK = Conversation([user("hi"), assistant("yes"), user("so")])
+
+
+def test_a_conversation_begins_as_its_template_says():
+    tokenizer = chat_tokenizer()
+    hi, yes, so = (tokenizer.encode(text) for text in ("hi", "yes", "so"))
+    expected = [BOS, START, USER, *hi, END, START, BOT, *yes, END, START, USER, *so, END, START, BOT]
+    assert encode_prompt(tokenizer, TALK) == expected
+    assert expected.count(BOS) == 1
+    assert encode_prompt(tokenizer, str(TALK)) == [BOS, *tokenizer.encode(str(TALK))]
+
+
+def test_only_the_last_answer_is_the_response():
+    tokenizer = chat_tokenizer()
+    prompt, answer = encode_prompt(tokenizer, TALK), tokenizer.encode("fine")
+    assert encode_response(tokenizer, TALK, "fine", 99) == ([*prompt, *answer, END], len(prompt))
+    assert encode_response(tokenizer, TALK, "", 99) == ([*prompt, END], len(prompt))
+    assert encode_response(tokenizer, TALK, " fine ", 99)[0] == [*prompt, *answer, END]  # the template strips
+    short = encode_response(tokenizer, TALK, "fine", len(answer) + 4)
+    assert short == ([*prompt[-3:], *answer, END], 3)
+
+
+@pytest.mark.parametrize(
+    "ending, expected",
+    [
+        ("<BOS>{{ content }}<EOS><END>\n", [BOS, "text", EOS]),  # up to the first that ends an answer
+        ("{{ content }}\n", ["text", "newline", END]),  # without an eos of its own
+        ("", ["text", END]),  # it forgets answers
+    ],
+)
+def test_what_a_template_writes_around_an_answer_is_learned(ending, expected):
+    turn = "{% if m['role'] == 'assistant' %}<BOT>" + ending.replace("content", "m['content']")
+    template = f"{{% for m in messages %}}{turn}{{% else %}}<USER>{{{{ m['content'] }}}}{{% endif %}}{{% endfor %}}"
+    template += "{% if add_generation_prompt %}<BOT>{% endif %}"
+    tokenizer = chat_tokenizer(eos_ids=(EOS,), chat_template=template)
+    prompt = [USER, *tokenizer.encode("a"), BOT]
+    parts = {"text": tokenizer.encode("fine"), "newline": tokenizer.encode("\n")}
+    response = [i for part in expected for i in (parts[part] if isinstance(part, str) else [part])]
+    assert encode_response(tokenizer, Conversation([user("a")]), "fine", 99) == ([*prompt, *response], len(prompt))
+
+
+def test_an_answer_is_itself_where_the_template_opens_its_turn_otherwise():
+    turns = "{% for m in messages %}<USER>{{ m['content'] }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<BOT>{% endif %}"
+    tokenizer = chat_tokenizer(chat_template=template)
+    prompt = [USER, *tokenizer.encode("a"), BOT]
+    row = encode_response(tokenizer, Conversation([user("a")]), "fine", 99)
+    assert row == ([*prompt, *tokenizer.encode("fine"), END], len(prompt))
+
+
+def test_conversations_need_a_template():
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_response(ByteTokenizer(), TALK, "a", 99)
 
 
 def test_pad_sequences():

@@ -517,7 +517,7 @@ def test_generate_several(files, capsys):
 def test_generate_shows_the_best_by_the_reward(files, capsys):
     command = "generate --model {model} --reward {reward} --prompt {prompt} --max-new-tokens 5 --seed 3"
     options = generate.GenerateOptions(
-        str(files["model"]), "the", (str(files["reward"]),), max_new_tokens=5, seed=3, num_samples=4
+        model=str(files["model"]), prompt="the", reward=(str(files["reward"]),), max_new_tokens=5, seed=3, num_samples=4
     )
     source = RunDirectory(files["model"])
     reward = generate.text_reward(options.reward, torch.device("cpu"), False, 512)
@@ -589,7 +589,7 @@ class Says:
     ],
 )
 def test_characters_of_several_tokens_come_whole(data, expected):
-    options = generate.GenerateOptions("x")
+    options = generate.GenerateOptions(model="x")
     found = list(generate.pieces(Says(data), ByteTokenizer(), "", options))
     assert [piece for piece in found if piece] == expected
 
@@ -619,7 +619,7 @@ def test_characters_of_several_tokens_come_whole(data, expected):
             "line 1: expected the columns prompt + response + rat",
         ),
         ("reward --data {rated} --pairs --model {model} --out {nowhere}", "expected the columns prompt + chosen + rej"),
-        ("reward --data {rated} --model {nowhere} --out {nowhere}", "does not hold a"),
+        ("reward --data {rated} --model {nowhere} --out {nowhere}", "there is no file or directory"),
         ("reward --data {rated} --model {reward} --out {nowhere}", "does not hold a language model"),
         ("reward --data {rated} --model {model} --out {nowhere} --edges 9", "no rating falls into bin 1"),
         (
@@ -627,24 +627,30 @@ def test_characters_of_several_tokens_come_whole(data, expected):
             "does not hold a language model",
         ),
         ("ppo --model {model} --reward {model} --prompts {prompts} --out {nowhere}", "does not hold a reward model"),
-        ("ppo --model {model} --reward {reward} --prompts {rated} --out {nowhere}", "expected the columns prompt, got"),
+        (
+            "ppo --model {model} --reward {reward} --prompts {rated} --out {nowhere}",
+            "expected the columns prompt, or messages, got",
+        ),
         (
             "ppo --model {model} --reward {reward} --prompts {text} --prompt-words 9 --out {nowhere}",
             "more than the 9 wor",
         ),
         ("ppo --model {model} --reward {reward} --prompts {long} --max-seq-len 24 --out {nowhere}", "has 151 tokens"),
-        ("sft --data {pairs} --model {model} --out {nowhere}", "expected the columns prompt + response, got"),
+        (
+            "sft --data {pairs} --model {model} --out {nowhere}",
+            "expected the columns prompt + response, or prompt + comp",
+        ),
         ("sft --data {responses} --model {reward} --out {nowhere}", "does not hold a language model"),
         ("dpo --data {responses} --model {model} --out {nowhere}", "expected the columns prompt + chosen + rejected"),
         ("dpo --data {pairs} --model {model} --out {nowhere} --loss ipo --gamma 1", "gamma is simpo's margin"),
         ("dpo --data {pairs} --model {model} --out {nowhere} --held-out 0.99", "more items are needed"),
-        ("kto --data {pairs} --model {model} --out {nowhere}", "expected the columns prompt + response + label, got"),
+        ("kto --data {pairs} --model {model} --out {nowhere}", "expected the columns prompt + response + label, or"),
         (
             "rejection --prompts {long} --model {model} --reward {reward} --out {nowhere} --max-seq-len 24",
             "has 151 tokens, --max-seq-len 24 leaves no room",
         ),
         ("rejection --prompts {prompts} --model {model} --reward {model} --out {nowhere}", "a reward model"),
-        ("generate --model {nowhere} --prompt a", "does not hold a language model (from pretrain, sft, ppo, ...)"),
+        ("generate --model {nowhere} --prompt a", "and it is no name of a repository on the hub (owner/name)"),
         ("generate --model {model} --reward {nowhere} --prompt a", "does not hold a reward model (from reward)"),
         ("generate --model {model} --prompt a --top-p 2", "at most 1, got 2.0"),
     ],
@@ -716,7 +722,7 @@ def test_every_command_explains_every_flag(name, capsys):
     assert caught.value.code == 0
     parser = cli.build_parser(name)
     actions = parser._subparsers._group_actions[0].choices[name]._actions
-    assert len(actions) > 8 and all(action.help for action in actions)
+    assert len(actions) > 5 and all(action.help for action in actions)
     text = " ".join(capsys.readouterr().out.split())
     assert cli.COMMANDS[name] in text and "(default: False)" not in text
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import PaLM, RLHFTrainer
+from palm_rlhf_pytorch.actor import response_log_probs
 from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, train_language_model
 from palm_rlhf_pytorch.supervised import FitOptions
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
+from palm_rlhf_pytorch.vocabulary import linear_cross_entropy, linear_log_probs
 
 pytestmark = [
     pytest.mark.cuda,
@@ -22,11 +24,47 @@ def make_palm(**kwargs) -> PaLM:
     return PaLM(**{"num_tokens": 50, "dim": 32, "depth": 2, "heads": 2, "dim_head": 16, **kwargs})
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_the_same_logits_as_on_the_cpu(kv_heads):
-    palm = make_palm(kv_heads=kv_heads)
-    ids = torch.randint(0, 50, (3, 40))
-    assert torch.allclose(copy.deepcopy(palm).cuda()(ids.cuda()).cpu(), palm(ids), atol=1e-3)
+WINDOW = {"heads": 4, "kv_heads": 2, "sliding_window": 16, "global_layers": [1], "qk_layernorm": True}
+
+
+@pytest.mark.parametrize("keywords", [{}, {"kv_heads": 2}, WINDOW])
+def test_the_same_logits_as_on_the_cpu(keywords):
+    palm = make_palm(**keywords)
+    ids, mask = torch.randint(0, 50, (3, 40)), torch.arange(40) >= torch.tensor([[0], [7], [30]])
+    there = copy.deepcopy(palm).cuda()
+    assert torch.allclose(there(ids.cuda()).cpu(), palm(ids), atol=1e-3)
+    assert torch.allclose(there(ids.cuda(), mask=mask.cuda()).cpu()[mask], palm(ids, mask=mask)[mask], atol=1e-3)
+
+
+@pytest.mark.parametrize("decoder", ["plain", "compiled"])
+def test_windows_and_adapters_beside_bf16_generate(decoder):
+    """A cached step's log-probs are those of the whole sequence, within what bfloat16 rounds."""
+    palm = make_palm(**WINDOW, finetune_scopes=["a"], lora_ff=True).cuda().bfloat16()
+    for p in palm.finetune_parameters("a"):
+        assert p.dtype == torch.float32
+        torch.nn.init.normal_(p, std=0.1)
+    ids, lengths = torch.randint(1, 50, (3, 20), device="cuda"), torch.tensor([20, 5, 12], device="cuda")
+    keywords = dict(filter_logits_fn=None, finetune_scope="a", return_log_probs=True, decoder=decoder, seed=0)
+    out = palm.generate(48, ids, prompt_lengths=lengths, **keywords)
+    whole = response_log_probs(palm, out.sequence, out.response_mask, scope="a").log_probs
+    assert (whole - out.log_probs).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rows", [40, 3000])
+def test_log_probs_of_half_precision_are_those_of_float32(rows):
+    """The products' sums are handed out in float32, whole and in chunks, and so are their gradients' sources."""
+    weight = torch.randn(5000, 64, device="cuda").mul(2).bfloat16()
+    embeds, targets = torch.randn(rows, 64, device="cuda").bfloat16(), torch.randint(0, 5000, (rows,), device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        e = embeds.to(dtype).requires_grad_()
+        log_probs, entropy = linear_log_probs(e, weight.to(dtype), targets, 0.3)
+        loss = linear_cross_entropy(e, weight.to(dtype), targets, 0.3)
+        found.append((log_probs, entropy, loss, torch.autograd.grad(loss + log_probs.mean() + entropy.mean(), e)[0]))
+    for ours, exact in zip(*(numbers[:3] for numbers in found), strict=True):
+        torch.testing.assert_close(ours, exact, atol=2e-3, rtol=1e-4)
+    ours, exact = (numbers[3].float() for numbers in found)
+    assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from chat import assistant, system, user
 
+from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.data import (
     DataError,
     Demonstration,
@@ -113,7 +115,9 @@ def test_other_labels_are_refused(tmp_path, label):
     "reader, columns", [(read_demonstrations, "prompt + response"), (read_labelled, "prompt + response + label")]
 )
 def test_responses_need_their_columns(tmp_path, reader, columns):
-    with pytest.raises(DataError, match="expected the columns " + columns.replace("+", r"\+") + ", got prompt, text"):
+    others = (columns.replace("response", "completion"), columns.replace("prompt + response", "messages"))
+    allowed = ", or ".join((columns, *others)).replace("+", r"\+")
+    with pytest.raises(DataError, match=f"expected the columns {allowed}, got prompt, text"):
         reader(write(tmp_path / "r.jsonl", [{"prompt": "p", "text": "t"}]))
     for content in ("", "\n"):
         with pytest.raises(DataError, match="got an empty file|at least one record"):
@@ -267,7 +271,10 @@ def test_missing_files_and_directories_are_refused(tmp_path):
 
 def test_missing_columns_list_what_came_and_what_is_allowed(tmp_path):
     path = write(tmp_path / "a.csv", "prompt,score\na,1\n")
-    allowed = r"prompt \+ response \+ rating, or text \+ rating, got prompt, score"
+    allowed = (
+        r"prompt \+ response \+ rating, or text \+ rating, or prompt \+ completion \+ rating, or messages \+ rating, "
+        "got prompt, score"
+    )
     with pytest.raises(DataError, match=r"a\.csv, line 2: expected the columns " + allowed):
         read_ratings(path)
     with pytest.raises(DataError, match=r"prompt \+ chosen \+ rejected, or chosen \+ rejected, got prompt"):
@@ -400,3 +407,103 @@ def test_split_holdout():
 def test_first_words_and_how_it_went_on(text, count, expected):
     assert first_words(text, count) == expected
     assert "".join(expected) == text
+
+
+# messages with roles
+
+ASKED, ANSWERED = [user("q")], [user("q"), assistant("a")]
+TALK = [system("s"), user("q"), assistant("a"), user("r")]
+
+
+def same(found, expected):
+    """Equal, and with the same messages where these are conversations."""
+    assert found == expected
+    for a, b in zip(found, expected, strict=True):
+        a, b = (x if isinstance(x, str) else x.prompt for x in (a, b))
+        assert getattr(a, "messages", None) == getattr(b, "messages", None)
+
+
+@pytest.mark.parametrize(
+    "record, prompt",
+    [
+        ({"messages": ANSWERED}, ASKED),
+        ({"prompt": ASKED, "response": "a"}, ASKED),
+        ({"prompt": ASKED, "response": [assistant("a")]}, ASKED),
+        ({"prompt": ASKED, "completion": [assistant("a")]}, ASKED),
+        ({"prompt": "q", "completion": [assistant("a")]}, ASKED),
+        ({"messages": [*TALK, assistant("a")]}, TALK),
+        ({"prompt": TALK, "response": "a"}, TALK),
+    ],
+)
+def test_answers_to_messages(tmp_path, record, prompt):
+    record |= {"rating": 2, "label": True}
+    path, prompt = write(tmp_path / "m.jsonl", [record]), Conversation(prompt)
+    same(read_demonstrations(path), [Demonstration(prompt, "a")])
+    same(read_labelled(path), [Labelled(prompt, "a", True)])
+    same(read_ratings(path), [Rating(prompt, "a", 2.0)])
+    same(read_prompts(path), [prompt if record.get("prompt") != "q" else "q"])
+
+
+@pytest.mark.parametrize(
+    "record, prompt",
+    [
+        ({"prompt": ASKED, "chosen": [assistant("a")], "rejected": [assistant("b")]}, ASKED),
+        ({"chosen": ANSWERED, "rejected": [*ASKED, assistant("b")]}, ASKED),
+        ({"prompt": ASKED, "chosen": ANSWERED, "rejected": [*ASKED, assistant("b")]}, ASKED),
+        ({"prompt": "q", "chosen": ANSWERED, "rejected": [*ASKED, assistant("b")]}, ASKED),
+        ({"prompt": "q", "chosen": [assistant("a")], "rejected": [assistant("b")]}, ASKED),
+        ({"prompt": TALK, "chosen": "a", "rejected": "b"}, TALK),
+        ({"prompt": "r", "chosen": [*TALK, assistant("a")], "rejected": [*TALK, assistant("b")]}, TALK),
+    ],
+)
+def test_choices_between_messages(tmp_path, record, prompt):
+    path = write(tmp_path / "p.jsonl", [{**record, "margin": 1}])
+    same(read_pairs(path), [Pair(Conversation(prompt), "a", "b", 1.0)])
+
+
+def test_prompts_with_roles(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": TALK}, {"prompt": "plain"}, {"prompt": ASKED}])
+    same(read_prompts(path), [Conversation(TALK), "plain", Conversation(ASKED)])
+    path = write(tmp_path / "p.jsonl", [{"messages": TALK}, {"messages": ANSWERED}])
+    same(read_prompts(path), [Conversation(TALK), Conversation(ASKED)])
+
+
+def test_messages_of_a_data_set(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"messages": ANSWERED}, {"messages": [*TALK, assistant("a")]}]).save_to_disk(
+        tmp_path / "d"
+    )
+    found = read_demonstrations(f"hf:{tmp_path / 'd'}")
+    same(found, [Demonstration(Conversation(ASKED), "a"), Demonstration(Conversation(TALK), "a")])
+
+
+@pytest.mark.parametrize(
+    "reader, record, says",
+    [
+        (read_demonstrations, {"messages": ASKED}, "the assistant's message at the end of `messages`, got the user's"),
+        (read_demonstrations, {"messages": []}, "the assistant's message at the end of `messages`, got none"),
+        (read_demonstrations, {"messages": "hi"}, "in `messages` expected a list of messages, got str"),
+        (read_demonstrations, {"messages": [assistant("a")]}, "before the answer is the user's, got none"),
+        (read_demonstrations, {"messages": [*ASKED, assistant(" ")]}, "message 2, got an empty content"),
+        (read_demonstrations, {"messages": [{"role": "bot", "content": "a"}]}, "expected the role system, user or"),
+        (read_demonstrations, {"messages": [user("\ud83d"), assistant("a")]}, "characters in message 1 of `mess"),
+        (read_demonstrations, {"prompt": ANSWERED, "response": "a"}, "is the user's, got one of the assistant"),
+        (read_demonstrations, {"prompt": "q", "response": ASKED}, "message at the end of `response`, got the user's"),
+        (read_demonstrations, {"prompt": 3, "response": ASKED}, "`prompt` expected a list of messages, got int"),
+        (read_prompts, {"prompt": ANSWERED}, "is the user's, got one of the assistant"),
+        (read_prompts, {"messages": 3}, "expected a list of messages, got int"),
+        (read_labelled, {"messages": ANSWERED, "label": 3}, "expected true or false"),
+        (read_ratings, {"messages": ANSWERED, "rating": [1]}, "expected a finite number in `rating`"),
+        (read_pairs, {"chosen": ANSWERED, "rejected": ANSWERED}, "got chosen equal to rejected"),
+        (read_pairs, {"chosen": ANSWERED, "rejected": [user("r"), assistant("b")]}, "differ in the last message alone"),
+        (read_pairs, {"chosen": ANSWERED, "rejected": "b"}, "expected a conversation"),
+        (read_pairs, {"prompt": "r", "chosen": ANSWERED, "rejected": ANSWERED}, "of `prompt` to begin `chosen`"),
+        (read_pairs, {"prompt": TALK, "chosen": ANSWERED, "rejected": ANSWERED}, "of `prompt` to begin `chosen`"),
+    ],
+)  # fmt: skip
+def test_bad_messages_are_refused_with_their_line(tmp_path, reader, record, says):
+    good = {"messages": ANSWERED, "label": True, "rating": 1, "prompt": "q", "chosen": "a", "rejected": "b"}
+    if "prompt" not in record and "messages" in record:
+        del good["prompt"]
+    with pytest.raises(DataError, match=r"m\.jsonl, line 2: .*" + says):
+        reader(write(tmp_path / "m.jsonl", [good, record]))

@@ -104,6 +104,8 @@ KINDS = {
     "short xpos base": {"rotary_xpos_scale_base": 6},
     "no xpos": {"use_xpos": False, "kv_heads": 2},
     "qk_rmsnorm": {"qk_rmsnorm": True, "kv_heads": 4, "logit_scale": 0.5},
+    "qk_layernorm": {"qk_layernorm": True, "kv_heads": 2},
+    "window, a global layer": {"sliding_window": 5, "global_layers": [1], "use_xpos": False},
 }
 
 
@@ -312,11 +314,12 @@ def test_code_is_made_once_for_each_size_and_no_number_of_sizes_is_too_many(make
 
 
 @compiles
-def test_real_code_gives_the_same(make_palm, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [{}, {"sliding_window": 5, "qk_layernorm": True}])
+def test_real_code_gives_the_same(make_palm, monkeypatch, caplog, kind):
     monkeypatch.setattr(decoder, "LENGTHS", 8)
     counters.clear()
     caplog.set_level(logging.INFO)
-    model = make_palm(depth=1)
+    model = make_palm(depth=1, **kind)
     keywords = dict(rows=2, lengths=torch.tensor([9, 9]), eos_token=None)
     for sign in (1, -1):
         with torch.no_grad():

@@ -47,6 +47,20 @@ def test_what_meets_eos_is_finished(palm):
     assert ended.finished == [True] and ended.responses == [""]
 
 
+def test_an_answer_may_end_in_several_ways(palm):
+    class EndsAnywhere(ByteTokenizer):
+        eos_ids = tuple(range(2, 259))
+
+        def _decode(self, ids):
+            raise AssertionError(f"{ids} are left")
+
+        def decode(self, ids):
+            return str(len(ids))
+
+    ended = sample(palm, EndsAnywhere(), ["ab"], 8)
+    assert ended.finished == [True] and ended.responses == ["1"]  # one token, which ends it
+
+
 def test_kl_against_itself_is_nothing(palm):
     kl = sample(palm, TOKENIZER, PROMPTS, 16, reference=palm).kl
     assert kl.shape == (4,) and kl.abs().max() < 1e-5

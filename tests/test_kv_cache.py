@@ -12,6 +12,12 @@ KINDS = {
     "all kv heads": {"kv_heads": 4, "use_xpos": False},
     "qk_rmsnorm": {"qk_rmsnorm": True},
     "flash": {"flash_attn": True},
+    "qk_layernorm": {"qk_layernorm": True, "kv_heads": 2},
+    "window": {"sliding_window": 4},
+    "window 1": {"sliding_window": 1, "use_xpos": False},
+    "window, a global layer": {"sliding_window": 6, "global_layers": [1], "use_xpos": False, "kv_heads": 2},
+    "window, global layers, xpos": {"sliding_window": 3, "global_layers": [0, 1], "rotary_xpos_scale_base": 6},
+    "LoRA in the feedforward": {"lora_ff": True, "finetune_scopes": ["a"], "lora_rslora": True},
     "logit scale, theta, LoRA": {"logit_scale": 0.5, "rotary_theta": 500.0, "finetune_scopes": ["a"]},
 }
 
@@ -46,7 +52,7 @@ def test_cached_is_uncached_at_every_position(make_palm, kind, max_len):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["xpos", "two kv heads"])
+@pytest.mark.parametrize("kind", ["xpos", "two kv heads", "window", "window, a global layer"])
 def test_extension_may_be_ragged_too(make_palm, kind):
     model = make_palm(**KINDS[kind])
     tokens = torch.randint(0, 17, (3, 24))
@@ -64,7 +70,7 @@ def test_extension_may_be_ragged_too(make_palm, kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["xpos", "two kv heads"])
+@pytest.mark.parametrize("kind", ["xpos", "two kv heads", "window", "window, a global layer"])
 def test_cached_is_uncached_after_rows_left(make_palm, kind):
     model = make_palm(**KINDS[kind])
     tokens = torch.randint(0, 17, (4, 20))
@@ -194,7 +200,9 @@ def test_a_static_cache_does_not_grow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["short xpos base", "two kv heads"])
+@pytest.mark.parametrize(
+    "kind", ["short xpos base", "two kv heads", "window", "window, a global layer", "qk_layernorm"]
+)
 def test_a_static_cache_sees_nothing_beyond_its_lengths(make_palm, kind):
     model = make_palm(**KINDS[kind])
     tokens = torch.randint(0, 17, (3, 12))

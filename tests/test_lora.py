@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from palm_rlhf_pytorch.lora import LoRA, side_by_side
+from palm_rlhf_pytorch.lora import LoRA, LoraOptions, side_by_side
 
 
 def test_by_hand():
@@ -45,3 +47,30 @@ def test_side_by_side_is_each_adapter():
     x = torch.randn(2, 5, 6)
     expected = torch.cat([adapter(x) for adapter in adapters], dim=-1)
     torch.testing.assert_close(side_by_side(adapters, x), expected)
+
+
+def test_the_scale_of_each_option():
+    assert LoRA(6, 4, r=4, alpha=8).scale == 2 and LoRA(6, 4, r=4, alpha=8, rslora=True).scale == 4
+    assert LoraOptions(r=8).scale == 1 and LoraOptions(r=9, rslora=True).scale == 3  # alpha is r
+    assert LoraOptions(r=2, alpha=3.0, rslora=True).scale == pytest.approx(3 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan")])
+def test_alpha_must_be_positive(alpha):
+    with pytest.raises(ValueError, match="alpha must be above 0, or None for the rank"):
+        LoraOptions(alpha=alpha)
+
+
+def test_a_half_beside_float32_adapters():
+    """x goes in as it is, the product is made in float32 and rounded once; half precision does not reach A and B."""
+    adapters = [LoRA(16, 4, r=2, alpha=3).bfloat16(), LoRA(16, 2, r=3).half()]
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.B)
+        assert adapter.A.dtype == adapter.B.dtype == torch.float32
+    x = torch.randn(2, 5, 16).bfloat16().requires_grad_()
+    expected = torch.cat([x.float() @ adapter.weight for adapter in adapters], dim=-1)
+    for ours in (side_by_side(adapters, x), torch.cat([adapter(x) for adapter in adapters], dim=-1)):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), expected, atol=1e-5, rtol=2**-8)
+    side_by_side(adapters, x).sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and all(adapter.B.grad.dtype == torch.float32 for adapter in adapters)

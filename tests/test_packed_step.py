@@ -27,6 +27,13 @@ KINDS = {
     "two kv heads": {"kv_heads": 2},
     "all kv heads": {"kv_heads": 4, "use_xpos": False},
     "qk_rmsnorm": {"qk_rmsnorm": True, "kv_heads": 2},
+    "qk_layernorm": {"qk_layernorm": True, "kv_heads": 2},
+    "qk_layernorm, one kv head": {"qk_layernorm": True, "use_xpos": False, "norm_eps": 0.1, "depth": 3},
+    "window": {"sliding_window": 4},
+    "window 1": {"sliding_window": 1, "use_xpos": False},
+    "window that prompts do not fill": {"sliding_window": 20},
+    "window, a global layer": {"sliding_window": 5, "global_layers": [1], "kv_heads": 2, "use_xpos": False},
+    "window, global layers": {"sliding_window": 5, "global_layers": [0, 1], "qk_layernorm": True},
     "logit scale and theta": {"logit_scale": 0.5, "rotary_theta": 50.0},
     "odd sizes": {"dim": 21, "heads": 3, "dim_head": 6, "ff_inner_dim": 13, "depth": 3, "norm_eps": 0.1},
 }
@@ -61,7 +68,7 @@ def test_packed_is_plain(make_palm, packings, kind, rows):
     assert len(plain.sequence[plain.response_mask].unique()) > 3
 
 
-@pytest.mark.parametrize("kind", ["short xpos base", "qk_rmsnorm"])
+@pytest.mark.parametrize("kind", ["short xpos base", "qk_rmsnorm", "window, a global layer"])
 def test_in_a_cache_that_grows(make_palm, monkeypatch, packings, kind):
     model = make_palm(**KINDS[kind])
     plain = answers(model, "plain")
@@ -71,9 +78,10 @@ def test_in_a_cache_that_grows(make_palm, monkeypatch, packings, kind):
     assert packings == [4, 4]
 
 
+@pytest.mark.parametrize("kind", ["xpos", "window, a global layer"])
 @pytest.mark.parametrize("max_batch", [None, 1, 2, 3])
-def test_while_rows_leave_and_come(make_palm, packings, max_batch):
-    model = make_palm()
+def test_while_rows_leave_and_come(make_palm, packings, max_batch, kind):
+    model = make_palm(**KINDS[kind])
     free = answers(model, "plain")
     eos = free.sequence[torch.arange(3), LENGTHS[:3] + torch.tensor([1, 4, 9])].unique().tolist()
     plain = answers(model, "plain", eos_token=eos)
@@ -82,8 +90,9 @@ def test_while_rows_leave_and_come(make_palm, packings, max_batch):
     assert packings == [max_batch or 4]
 
 
-def test_a_merged_adapter_is_packed(make_palm, packings):
-    model = make_palm(finetune_scopes=["a"])
+@pytest.mark.parametrize("lora_ff", [False, True])
+def test_a_merged_adapter_is_packed(make_palm, packings, lora_ff):
+    model = make_palm(finetune_scopes=["a"], lora_ff=lora_ff)
     plain = answers(model, "plain", finetune_scope="a")
     assert not torch.equal(plain.sequence, answers(model, "plain").sequence)
     assert_same(answers(model, "packed", finetune_scope="a"), plain)
@@ -136,6 +145,8 @@ def log_probs_around(model, how, change):
         "layers.1.fn.ff_out.2.weight",
         "layers.0.fn.q_scale",
         "layers.1.fn.k_scale",
+        "layers.0.fn.q_norm.gamma",
+        "layers.1.fn.k_norm.gamma",
     ],
 )
 def test_the_next_step_sees_weights_that_changed(make_palm, packings, name):
@@ -143,7 +154,8 @@ def test_the_next_step_sees_weights_that_changed(make_palm, packings, name):
         with torch.no_grad():
             model.get_parameter(name).mul_(1.5)
 
-    model = make_palm(qk_rmsnorm=True)
+    kind = "qk_layernorm" if "_norm" in name else "qk_rmsnorm"
+    model = make_palm(**{kind: True})
     runs = [log_probs_around(copy.deepcopy(model), how, change) for how in ("plain", "packed")]
     torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-5)
     untouched = log_probs_around(model, "packed", lambda model: None)

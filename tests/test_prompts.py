@@ -1,9 +1,11 @@
 import pytest
 import torch
+from chat import assistant, chat_tokenizer, user
 from tiny import PROMPTS, tiny_trainer
 
 from palm_rlhf_pytorch.batches import encode_prompt
-from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.conversation import Conversation
+from palm_rlhf_pytorch.prompts import Prompts, Remembered
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 
@@ -117,3 +119,12 @@ def test_the_trainer_takes_text_and_a_file(tmp_path):
         tiny_trainer(prompts=["abc"], prompt_token_ids=PROMPTS, tokenizer=letters)
     with pytest.raises(ValueError, match="prompt ids run from 1 to 26"):
         tiny_trainer(prompts=["az"], tokenizer=letters)
+
+
+def test_prompts_are_remembered_with_their_roles():
+    tokenizer = chat_tokenizer()
+    talk = Conversation([user("a"), assistant("b"), user("c")])
+    remembered = Remembered(tokenizer, [talk, "plain <b>"])
+    assert remembered.decode(encode_prompt(tokenizer, talk)) is talk
+    assert remembered.decode(encode_prompt(tokenizer, "plain <b>")) == "plain <b>"
+    assert remembered.decode(tokenizer.encode("c") + [tokenizer.eos_id]) == "c"

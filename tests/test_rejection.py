@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from chat import assistant, chat_tokenizer, user
 
 from palm_rlhf_pytorch import rejection
+from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.data import Demonstration, read_demonstrations
 from palm_rlhf_pytorch.rejection import Best, BestOfOptions, best_of_n, kl_bound, read_best, summary, write_best
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
@@ -50,6 +52,36 @@ def test_the_best_of_each_prompt_is_kept(palm, monkeypatch, capsys, windows):
     assert again == found and best_of_n(palm, TOKENIZER, PROMPTS, Recorder(), options, seed=1) != found
 
 
+def test_an_answer_may_end_in_several_ways(palm):
+    class EndsAnywhere(ByteTokenizer):
+        eos_ids = tuple(range(2, 259))
+
+        def decode(self, ids):
+            return str(len(ids))
+
+    options = BestOfOptions(samples=2, max_seq_len=9)
+    found = best_of_n(palm, EndsAnywhere(), ["a", "b"], lambda prompts, responses: [1.0] * len(responses), options)
+    assert [(b.response, b.finished) for b in found] == [("1", True)] * 2  # one token, which ends it
+
+
+def test_prompts_with_roles_are_answered_and_written(make_palm, tmp_path):
+    tokenizer, talk = chat_tokenizer(), Conversation([user("a"), assistant("b"), user("c")])
+    asked = []
+
+    def reward(prompts, responses):
+        asked.extend(prompts)
+        return [1.0] * len(responses)
+
+    options = BestOfOptions(samples=2, max_seq_len=24)
+    found = best_of_n(make_palm(num_tokens=280), tokenizer, [talk, "plain"], reward, options)
+    assert [getattr(prompt, "messages", None) for prompt in asked] == [talk.messages] * 2 + [None] * 2
+    write_best(tmp_path / "best.jsonl", found)
+    assert read_best(tmp_path / "best.jsonl") == found
+    demonstrations = read_demonstrations(tmp_path / "best.jsonl")
+    assert demonstrations == [Demonstration(b.prompt, b.response) for b in found]
+    assert demonstrations[0].prompt.messages == talk.messages and type(demonstrations[1].prompt) is str
+
+
 def test_unfinished_answers_pay(palm):
     options = BestOfOptions(samples=2, max_seq_len=4, missing_eos_penalty=5.0)  # room for few tokens: none finish
     found = best_of_n(palm, TOKENIZER, ["a", "b"], lambda prompts, responses: [1.0] * len(responses), options)
@@ -59,7 +91,7 @@ def test_unfinished_answers_pay(palm):
 class Digits:
     """Eight tokens, each a digit; 0 pads and begins, 1 ends."""
 
-    num_tokens, pad_id, bos_id, eos_id = 8, 0, 0, 1
+    num_tokens, pad_id, bos_id, eos_id, eos_ids = 8, 0, 0, 1, (1,)
 
     def encode_start(self, text):
         return [int(digit) for digit in text]

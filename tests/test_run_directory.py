@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from palm_rlhf_pytorch import RewardModel
+from palm_rlhf_pytorch.files import write_json
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.run_directory import RunDirectory, fresh_directory
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
@@ -115,6 +116,15 @@ def test_what_is_missing_is_named(run):
     }.items():
         with pytest.raises(FileNotFoundError, match=message):
             load()
+
+
+def test_adapters_are_kept_of_models_from_hugging_face_alone(run, tmp_path):
+    start(run)
+    own, theirs = RunDirectory(tmp_path / "own"), RunDirectory(tmp_path / "theirs")
+    write_json(own / "config.json", {"model_type": "palm-rlhf-pytorch"})
+    write_json(theirs / "config.json", {"architectures": ["CohereForCausalLM"]})
+    kept = {place: run.adapter_of(str(place)) for place in (run.path, own.path, theirs.path, "owner/name")}
+    assert list(kept.values()) == [None, None, run / "adapter", run / "adapter"]
 
 
 def test_finish_draws_curves(run, capsys):

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from chat import chat_tokenizer, system, user
 
 from palm_rlhf_pytorch import PaLM, RewardModel
+from palm_rlhf_pytorch.batches import encode_prompt
+from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.evaluation import prompt_batch
 from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import ByteTokenizer
@@ -9,9 +12,9 @@ from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 PROMPTS, RESPONSES = ["the coffee", "we"], [" was good.", " liked the very long film."]
 
 
-def reward_model(seed: int) -> RewardModel:
+def reward_model(seed: int, num_tokens: int = 259) -> RewardModel:
     torch.manual_seed(seed)
-    model = RewardModel(PaLM(num_tokens=259, dim=16, depth=1, heads=2, dim_head=8), use_lora=False)
+    model = RewardModel(PaLM(num_tokens=num_tokens, dim=16, depth=1, heads=2, dim_head=8), use_lora=False)
     with torch.no_grad():
         model.prompt_embed.normal_()
         model.response_embed.normal_()
@@ -47,3 +50,29 @@ def test_whole_rates_prompt_and_response_as_one_text():
 def test_no_member_is_refused():
     with pytest.raises(ValueError, match="at least one reward model"):
         TextReward([])
+
+
+# prompts with roles
+
+TALK = Conversation([system("be kind"), user("hi")])
+
+
+def test_a_reward_reads_roles_by_its_own_template():
+    tokenizer, model = chat_tokenizer(), reward_model(0, 280)
+    reward = TextReward([(model, tokenizer)])
+    ids = [*encode_prompt(tokenizer, TALK), *tokenizer.encode("yes"), tokenizer.eos_id]
+    prompt_mask = torch.arange(len(ids))[None] < len(encode_prompt(tokenizer, TALK))
+    expected = model.score(torch.tensor([ids]), prompt_mask)
+    assert torch.allclose(reward([TALK], ["yes"]), expected, atol=1e-5)
+    assert not torch.allclose(reward([str(TALK)], ["yes"]), expected)
+
+
+def test_a_reward_without_roles_reads_text():
+    talk, text = [TALK], [str(TALK)]
+    for tokenizer, chat in ((ByteTokenizer(), None), (ByteTokenizer(), [False]), (chat_tokenizer(), [False])):
+        reward = TextReward([(reward_model(0, 280), tokenizer)], chat=chat)
+        assert torch.allclose(reward(talk, ["yes"]), reward(text, ["yes"]))
+    members = [(reward_model(0, 280), ByteTokenizer()), (reward_model(1, 280), chat_tokenizer())]
+    both = TextReward(members, chat=[False, True])(talk, ["yes"])
+    alone = [TextReward([member])(talk, ["yes"]) for member in members]
+    assert torch.allclose(both, (alone[0] + alone[1]) / 2)

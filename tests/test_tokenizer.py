@@ -3,7 +3,24 @@ import sys
 
 import pytest
 import torch
+from chat import (
+    BOS,
+    BOT,
+    END,
+    EOS,
+    PAD,
+    START,
+    SYSTEM,
+    TEMPLATE,
+    USER,
+    assistant,
+    chat_tokenizer,
+    system,
+    transformers_tokenizer,
+    user,
+)
 
+from palm_rlhf_pytorch.conversation import checked_messages
 from palm_rlhf_pytorch.extras import require
 from palm_rlhf_pytorch.files import atomic_path, write_json
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer, HFTokenizer, load_tokenizer
@@ -217,3 +234,86 @@ def test_write_json_keeps_the_old_file_when_the_value_is_no_json(tmp_path):
         write_json(path, {"name": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "é"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+# chat templates and special ids
+
+
+def test_a_chat_template_makes_ids():
+    tokenizer = chat_tokenizer()
+    messages = checked_messages([system("be"), user(" a "), assistant("b"), user("c")])
+    a, b, c, be = (tokenizer.encode(text) for text in ("a", "b", "c", "be"))
+    turns = [[START, SYSTEM, *be, END], [START, USER, *a, END], [START, BOT, *b, END], [START, USER, *c, END]]
+    expected = [BOS, *sum(turns, [])]
+    assert tokenizer.has_chat
+    assert tokenizer.encode_chat(messages) == [*expected, START, BOT]
+    assert tokenizer.encode_chat(messages, add_generation_prompt=False) == expected
+
+
+def test_without_a_template_messages_are_refused(tokenizer):
+    assert not tokenizer.has_chat
+    with pytest.raises(ValueError, match="no chat template for messages with roles: .* --no-chat"):
+        tokenizer.encode_chat(checked_messages([user("a")]))
+
+
+def test_what_a_template_refuses_is_said():
+    with pytest.raises(ValueError, match="chat template does not take these messages: no"):
+        chat_tokenizer().encode_chat(checked_messages([user("refuse me")]))
+
+
+def test_an_answer_may_end_in_several_ways():
+    assert ByteTokenizer().eos_ids == (2,)
+    tokenizer = chat_tokenizer(eos_ids=[EOS, END])
+    assert (tokenizer.eos_id, tokenizer.eos_ids) == (END, (END, EOS))
+    also = tokenizer.encode("b")
+    ends_with_b = chat_tokenizer(eos_ids=also)
+    assert ends_with_b.decode([*tokenizer.encode("a"), *also, END]) == "a"
+
+
+def test_a_model_s_files_say_its_special_ids(tmp_path):
+    transformers_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).eos_ids == (END,)
+    write_json(tmp_path / "config.json", {"model_type": "cohere", "eos_token_id": 4, "pad_token_id": 6})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, 7]})
+    found = load_tokenizer(tmp_path)
+    assert found.eos_ids == (END, 2, 7) and found.pad_id == PAD  # the tokenizer's own count first
+    found.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.eos_ids, again.pad_id, again.bos_id, again.has_chat) == ((END, 2, 7), PAD, BOS, True)
+
+
+def test_special_ids_are_numbers(tmp_path):
+    transformers_tokenizer().save_pretrained(tmp_path)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [2, "7"]})
+    with pytest.raises(
+        ValueError, match=r"generation_config.json says eos_token_id=\[2, '7'\]: expected a whole number"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_s_ids_stand_in_for_missing_ones(tmp_path):
+    transformers_tokenizer(pad_token=None, bos_token=None, eos_token=None).save_pretrained(tmp_path)
+    write_json(tmp_path / "config.json", {"eos_token_id": 2, "pad_token_id": 0})
+    found = load_tokenizer(tmp_path)
+    assert (found.eos_id, found.pad_id, found.bos_id) == (2, 0, 2)
+
+
+def test_templates_by_name_are_saved(tmp_path):
+    templates = {"default": TEMPLATE, "other": "x"}
+    tokenizer = chat_tokenizer(chat_template=templates)
+    messages = checked_messages([user("a")])
+    for _ in range(2):  # over what is there
+        tokenizer.save(tmp_path)
+        assert load_tokenizer(tmp_path).encode_chat(messages) == chat_tokenizer().encode_chat(messages)
+
+
+def test_no_code_beside_a_tokenizer_is_run(tmp_path):
+    transformers_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": [None, "evil.Evil"]}
+    write_json(tmp_path / "tokenizer_config.json", {**config, "tokenizer_class": "Evil", "auto_map": auto_map})
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    try:
+        load_tokenizer(tmp_path)
+    except ValueError as error:
+        assert "no tokenizer at" in str(error)

@@ -23,13 +23,48 @@ def test_log_softmax_is_float32_and_finite_at_a_gap_of_200():
     assert vocabulary.log_softmax(logits, temperature=2.0).tolist() == [[-100.0, 0.0, -200.0]]
 
 
-def test_bfloat16_logits_are_upcast_before_the_softmax():
+def in_chunks(monkeypatch, rows, vocabulary_size):
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", vocabulary_size * rows)
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 1)
+
+
+@pytest.mark.parametrize("half, error", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("rows", [4, 99])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_half_precision_weights_have_float32_logits(monkeypatch, rows, scale, half, error):
+    """Logits of 40 would be rounded to 1/4 in bfloat16; of the same weights float32 gives the same numbers."""
+    embeds, weight = torch.randn(30, 64).to(half), torch.randn(50, 64).mul(2).to(half)
+    targets, temperature = torch.randint(0, 50, (30,)), 0.7
+    in_chunks(monkeypatch, rows, 50)
+    found = {}
+    for dtype in (half, torch.float32):
+        e, w = (t.to(dtype).requires_grad_() for t in (embeds, weight))
+        log_probs, entropy = vocabulary.linear_log_probs(e, w, targets, scale, temperature)
+        loss = vocabulary.linear_cross_entropy(e, w, targets, scale)
+        alone = vocabulary.target_log_probs(e, w, targets, scale, temperature)
+        numbers = log_probs, entropy, loss, alone
+        assert all(t.dtype == torch.float32 for t in numbers)
+        by_log_probs = torch.autograd.grad((log_probs * torch.arange(30)).sum() + entropy.sum(), (e, w))
+        by_loss = torch.autograd.grad(loss, (e, w))
+        assert all(g.dtype == dtype for g in (*by_log_probs, *by_loss))
+        found[dtype] = numbers, (*by_log_probs, *by_loss)
+    (ours, gradients), (exact, exact_gradients) = found.values()
+    assert float(exact[0].detach().min()) < -15
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    for a, b in zip(gradients, exact_gradients, strict=True):  # themselves in half precision
+        assert (a.float() - b).norm() < 2 * error * b.norm()
+
+
+def test_half_precision_s_logits_are_those_in_float32_whole():
     embeds, weight = torch.randn(9, 8).bfloat16(), torch.randn(50, 8).bfloat16()
     targets = torch.randint(0, 50, (9,))
     log_probs, entropy = vocabulary.linear_log_probs(embeds, weight, targets)
-    assert log_probs.dtype == entropy.dtype == torch.float32
-    exact = (embeds @ weight.t()).float().log_softmax(-1)
-    torch.testing.assert_close(log_probs, exact.gather(-1, targets[:, None]).squeeze(-1), atol=1e-6, rtol=0)
+    exact = (embeds.float() @ weight.float().t()).log_softmax(-1)
+    torch.testing.assert_close(log_probs, exact.gather(-1, targets[:, None]).squeeze(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, vocabulary.entropy_of(exact), atol=1e-5, rtol=0)
+    expected = F.cross_entropy(embeds.float() @ weight.float().t(), targets, ignore_index=3)
+    torch.testing.assert_close(vocabulary.linear_cross_entropy(embeds, weight, targets, ignore_index=3), expected)
 
 
 @pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.25, 0.7)])
@@ -60,10 +95,10 @@ def test_linear_log_probs_in_chunks_is_the_whole(monkeypatch, scale, temperature
 
 
 def test_linear_log_probs_of_nothing():
-    log_probs, entropy = vocabulary.linear_log_probs(
-        torch.randn(0, 8), torch.randn(5, 8), torch.zeros(0, dtype=torch.long)
-    )
-    assert log_probs.shape == entropy.shape == (0,)
+    for dtype in (torch.float32, torch.bfloat16):
+        embeds, weight = torch.randn(0, 8).to(dtype), torch.randn(5, 8).to(dtype)
+        log_probs, entropy = vocabulary.linear_log_probs(embeds, weight, torch.zeros(0, dtype=torch.long))
+        assert log_probs.shape == entropy.shape == (0,)
 
 
 @pytest.mark.parametrize("rows", [5, 1, 23])
@@ -122,8 +157,9 @@ def test_chunks_take_part_in_autocast_and_sum_in_float32(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = vocabulary.linear_cross_entropy(embeds, weight, targets)
         log_probs, _ = vocabulary.linear_log_probs(embeds, weight, targets)
-    exact = vocabulary.linear_cross_entropy(embeds.bfloat16(), weight.bfloat16(), targets)
-    assert loss.dtype == log_probs.dtype == torch.float32 and torch.equal(loss, exact)
+    exact = F.cross_entropy((embeds.bfloat16() @ weight.bfloat16().t()).float(), targets)
+    assert loss.dtype == log_probs.dtype == torch.float32
+    torch.testing.assert_close(loss, exact)
     torch.testing.assert_close(-log_probs.mean(), loss)
     whole = F.cross_entropy(embeds @ weight.t(), targets)
     for total in (loss, -log_probs.mean()):

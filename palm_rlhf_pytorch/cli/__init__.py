@@ -26,6 +26,7 @@ COMMANDS = {
     "ppo": "improve a PaLM with PPO against a reward model",
     "rl": "improve a model with GRPO, RLOO, TPO, ... and any reward: a model's, or a rule's",
     "generate": "complete a prompt, or chat line by line",
+    "export": "write a trained model for transformers, vLLM and others, or as a PEFT adapter",
 }
 
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from palm_rlhf_pytorch.conversation import Conversation, as_chat
 from palm_rlhf_pytorch.data import split_holdout
 from palm_rlhf_pytorch.decoder import can_compile
 from palm_rlhf_pytorch.devices import DEVICES, PRECISIONS, accelerator_on, choose_device
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
 from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.hub import located
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.supervised import FitOptions
 from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+
+T = TypeVar("T")
+
+MODEL = (
+    "directory of a run that trained a language model (pretrain, sft, ppo, ...), of a model that was exported, or of a "
+    "Cohere or Cohere2 model from Hugging Face; or the name of such a repository on the hub (owner/name)"
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,32 @@ class ModelOptions:
     attn_dropout: float = option(0.0, "dropout of attention weights")
     ff_dropout: float = option(0.0, "dropout inside the feedforward")
     rotary_theta: float = option(10000.0, "base of the rotary angles")
-    gradient_checkpointing: bool = option(False, "save memory by computing layers twice")
 
-    def new(self, tokenizer: Tokenizer) -> PaLM:
-        return PaLM(num_tokens=tokenizer.num_tokens, flash_attn=True, **asdict(self))
+    def new(self, tokenizer: Tokenizer, **keywords: Any) -> PaLM:
+        return PaLM(num_tokens=tokenizer.num_tokens, flash_attn=True, **asdict(self), **keywords)
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """How a model from elsewhere is taken"""
+
+    dtype: str = option(
+        "auto",
+        "what weights are kept in; adapters are float32 (auto: fp32, or bf16 for an imported model on a GPU)",
+        choices=("auto", *DTYPES),
+    )
+    chat: bool | None = option(
+        None,
+        "a prompt of plain text is a user's message to the model's chat template; --no-chat: messages with roles are "
+        "plain text (default: each is what it is)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions:
+class StartOptions(ModelUse):
     """What model is to learn"""
 
-    model: str = required("directory of a run with a language model (pretrain, ppo, sft, dpo, kto, rejection)")
+    model: str = required(MODEL)
     out: str = option("runs/tuned", "directory of the run")
     held_out: float = option(0.1, "share of the data kept for evaluation")
 
@@ -134,25 +159,61 @@ class Tuning:
         self.given = {"options": options, "tuning": tuning, "fit": fit, "compute": compute}
         self.directory, self.device = where.start(options.out, tuning.seed)
         self.keywords = compute.keywords(self.device)
-        source = RunDirectory(options.model)
-        self.palm, self.tokenizer = source.palm().to(self.device), source.tokenizer()
+        self.palm, self.tokenizer = open_model(options.model, self.device, options.dtype)
+        tuning.ready(self.palm)
+
+    def with_roles(self, items: Sequence[T]) -> list[T]:
+        """`with_roles` as --chat wants it."""
+        return with_roles(items, self.given["options"].chat, self.tokenizer)
 
     def start(self, items: Sequence[Any], **options: Any) -> None:
         """From here on the directory is taken. As many items as these are to be trained on and held out."""
         tuning, held_out = self.given["tuning"], self.given["options"].held_out
         self.parts = split_holdout(range(len(items)), held_out, tuning.seed)
         self.log = self.directory.start(self.command, self.resume, self.tokenizer, **self.given, **options)
+        self.directory.config |= self.palm.pretrained
 
     def train(self, train_on: Callable[..., list[dict[str, float]]], items: Sequence[Any], **keywords: Any) -> Path:
         """train_on(palm, train, held out, tokenizer, tuning, fit) the items, and write the model."""
         parts = ([items[i] for i in part] for part in self.parts)
         resume = self.resume and self.directory.has_state()
         keywords |= dict(self.keywords, log=self.log, checkpoint=self.directory.state, resume=resume)
+        keywords["adapter"] = self.directory.adapter_of(self.given["options"].model)
         history = train_on(self.palm, *parts, self.tokenizer, self.given["tuning"], self.given["fit"], **keywords)
         self.palm.save(self.directory.weights)
         say_held_out(history[-1])
         self.directory.finish(self.log, self.command)
         return self.directory.path
+
+
+def open_model(place: str, device: torch.device, dtype: str = "auto") -> tuple[PaLM, Tokenizer]:
+    """The language model, and its tokenizer, of a run, a directory or a repository on the hub; see `MODEL`."""
+    where = located(place)
+    if where.is_file():
+        raise ValueError(f"--model is a directory with a model and its tokenizer, but {place!r} is a file")
+    wanted = DTYPES.get(dtype)
+    if dtype == "auto" and device.type != "cuda":
+        wanted = torch.float32
+    elif dtype == "auto" and RunDirectory(where).is_imported():
+        wanted = torch.bfloat16
+    return PaLM.from_pretrained(place, dtype=wanted, device=device), load_tokenizer(where)
+
+
+def with_roles(items: Sequence[T], chat: bool | None, tokenizer: Tokenizer) -> list[T]:
+    """Prompts, or records that have one, as `--chat` wants them (see `as_chat`); a tokenizer without a template for
+    roles is refused.
+    """
+    if items and isinstance(items[0], str):
+        found = prompts = [as_chat(prompt, chat) for prompt in items]
+    else:
+        found = [item._replace(prompt=as_chat(item.prompt, chat)) for item in items]
+        prompts = [item.prompt for item in found]
+    talks = next((prompt for prompt in prompts if isinstance(prompt, Conversation)), None)
+    if talks is not None:
+        tokenizer.encode_chat(talks.messages)
+    elif tokenizer.has_chat and chat is None and prompts:
+        print("the model has a chat template: with --chat each prompt would be a user's message to it")
+    return found
 
 
 def say_held_out(row: dict[str, float]) -> None:
@@ -162,16 +223,17 @@ def say_held_out(row: dict[str, float]) -> None:
 
 
 def text_reward(directories: Sequence[str], device: torch.device, whole: bool | None, max_len: int) -> TextReward:
-    """The reward of one or several reward runs, each with its own tokenizer.
+    """The reward of one or several reward runs, each with its own tokenizer. Those that learned from messages with
+    roles see roles, to others a conversation is plain text.
 
     `whole` None: as they were trained, on whole texts or on responses to prompts.
     """
     runs = [RunDirectory(directory) for directory in directories]
-    members = [(run.reward_model().to(device), run.tokenizer()) for run in runs]
+    members = [(run.reward_model(device), run.tokenizer()) for run in runs]
     if whole is None:
         trained = {run.notes().get("whole_text", False) for run in runs}
         if len(trained) > 1:
             raise ValueError("some rewards were trained on whole texts, some on responses: say --[no-]whole-text")
         whole = trained.pop()
     # texts may take more tokens in a reward's vocabulary than in the policy's
-    return TextReward(members, whole, 4 * max_len)
+    return TextReward(members, whole, 4 * max_len, [run.notes().get("chat", False) for run in runs])

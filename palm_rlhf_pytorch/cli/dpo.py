@@ -17,7 +17,9 @@ from palm_rlhf_pytorch.preference import train_on_answers
 class DPOCommandOptions(StartOptions):
     """What to learn from, and what model is to learn it"""
 
-    data: str = required("pairs {prompt, chosen, rejected}, or {chosen, rejected} as whole transcripts")
+    data: str = required(
+        "pairs {prompt, chosen, rejected}, or {chosen, rejected} as whole transcripts; all text, or messages with roles"
+    )
     out: str = option("runs/dpo", "directory of the run")
 
 
@@ -30,7 +32,7 @@ def run(
     where: RunOptions,
 ) -> Path:
     run = Tuning("dpo", options, tuning, fit, compute, where)
-    pairs = read_pairs(options.data)
+    pairs = run.with_roles(read_pairs(options.data))
     run.start(pairs, objective=objective)
     return run.train(train_on_answers, pairs, objective=objective, cache=run.directory.reference)
 

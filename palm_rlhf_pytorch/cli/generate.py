@@ -6,22 +6,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from palm_rlhf_pytorch.cli.common import text_reward
+from palm_rlhf_pytorch.cli.common import MODEL, ModelUse, open_model, text_reward
+from palm_rlhf_pytorch.conversation import Conversation, Message
 from palm_rlhf_pytorch.devices import DEVICES, choose_device
 from palm_rlhf_pytorch.evaluation import prompt_batch
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.generation import repeat_prompts
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelUse):
     """What to complete, and how"""
 
-    model: str = required("directory of a pretrain or ppo run")
+    model: str = required(MODEL)
     prompt: str | None = option(None, "text to complete; without it each line typed is one (empty line or Ctrl-D ends)")
     reward: tuple[str, ...] = option(
         (), "reward runs: the best of --num-samples by their mean is shown, with its score"
@@ -29,6 +29,10 @@ class GenerateOptions:
     whole_text: bool | None = option(
         None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
     )
+    chat: bool | None = option(
+        None, "the prompt is a user's message to the model's chat template (default: where the model has one)"
+    )
+    system: str | None = option(None, "a chat's first message, which says how to answer")
     remember: bool = option(False, "typed lines continue the conversation so far, instead of each standing alone")
     num_samples: int = option(1, "completions to draw", least=1)
     max_new_tokens: int = option(200, "tokens of a completion at most", least=1)
@@ -47,7 +51,7 @@ def pieces(palm: PaLM, tokenizer: Tokenizer, prompt: str, options: GenerateOptio
     for token in palm.stream(
         int(lengths) + options.max_new_tokens,
         ids,
-        eos_token=tokenizer.eos_id,
+        eos_token=tokenizer.eos_ids,
         temperature=options.temperature,
         filter_logits_fn=None,
         top_k=options.top_k,
@@ -73,7 +77,7 @@ def ranked(
         options.temperature,
         filter_logits_fn=None,
         pad_value=tokenizer.pad_id,
-        eos_token=tokenizer.eos_id,
+        eos_token=tokenizer.eos_ids,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
@@ -86,16 +90,35 @@ def ranked(
     return sorted(zip(scores, texts, strict=True), reverse=True)
 
 
+class Talk:
+    """What has been said so far, and what a line makes of it: a text to complete, or with `chat` a conversation."""
+
+    def __init__(self, chat: bool, system: str | None = None):
+        if system is not None and not chat:
+            raise ValueError("--system needs --chat, and a model with a chat template")
+        self.chat, self.said = chat, ""
+        self.messages = [] if system is None else [Message("system", system)]
+
+    def prompt(self, line: str) -> str:
+        return Conversation([*self.messages, Message("user", line)]) if self.chat else self.said + line
+
+    def remember(self, line: str, answer: str) -> None:
+        self.said += f"{line}{answer}\n"
+        if answer.strip():  # no template takes an empty message
+            self.messages += [Message("user", line), Message("assistant", answer)]
+
+
 def run(options: GenerateOptions) -> None:
     device = choose_device(options.device)
-    source = RunDirectory(options.model)
-    palm, tokenizer = source.palm().to(device), source.tokenizer()
+    palm, tokenizer = open_model(options.model, device, options.dtype)
+    talk = Talk(tokenizer.has_chat if options.chat is None else options.chat, options.system)
     reward = None
     if options.reward:
         reward = text_reward(options.reward, device, options.whole_text, options.max_new_tokens + 512)
 
-    def answer(prompt: str, shown: str, options: GenerateOptions) -> str:
-        """Print an answer (or several) behind what is shown of its prompt; returns the first."""
+    def answer(line: str, options: GenerateOptions) -> str:
+        """Print an answer (or several), behind the line that it completes; returns the first."""
+        prompt, shown = talk.prompt(line), "" if talk.chat else line
         if reward is None and options.num_samples == 1:
             print(shown, end="", flush=True)
             text = ""
@@ -110,14 +133,13 @@ def run(options: GenerateOptions) -> None:
         return answers[0][1]
 
     if options.prompt is not None:
-        answer(options.prompt, options.prompt, options)
+        answer(options.prompt, options)
         return
-    said = ""
     for turn, line in enumerate(typed_lines()):
         seed = None if options.seed is None else options.seed + turn  # or every line would get the same noise
-        text = answer(said + line, line, replace(options, seed=seed))
+        text = answer(line, replace(options, seed=seed))
         if options.remember:
-            said += f"{line}{text}\n"
+            talk.remember(line, text)
 
 
 def typed_lines() -> Iterator[str]:

@@ -17,7 +17,9 @@ from palm_rlhf_pytorch.preference import train_on_answers
 class KTOCommandOptions(StartOptions):
     """What to learn from, and what model is to learn it"""
 
-    data: str = required("labelled responses {prompt, response, label}, with labels true or false (or 1 or 0)")
+    data: str = required(
+        "labelled responses {prompt, response, label} or {messages, label}, with labels true or false (or 1 or 0)"
+    )
     out: str = option("runs/kto", "directory of the run")
 
 
@@ -30,7 +32,7 @@ def run(
     where: RunOptions,
 ) -> Path:
     run = Tuning("kto", options, tuning, fit, compute, where)
-    responses = read_labelled(options.data)
+    responses = run.with_roles(read_labelled(options.data))
     run.start(responses, objective=objective)
     return run.train(train_on_answers, responses, objective=objective, cache=run.directory.reference)
 

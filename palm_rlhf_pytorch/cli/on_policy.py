@@ -8,23 +8,28 @@ from typing import Any
 
 import torch
 
+from palm_rlhf_pytorch.cli.common import MODEL, ModelUse, with_roles
 from palm_rlhf_pytorch.data import first_words, read_prompts, read_texts
 from palm_rlhf_pytorch.devices import accelerate_keywords
+from palm_rlhf_pytorch.fine_tuning import AdapterOptions, keep_adapter
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.interrupts import Interrupts
+from palm_rlhf_pytorch.prompts import Remembered
 from palm_rlhf_pytorch.rejection import prompts_with_room
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 from palm_rlhf_pytorch.trainer import OnPolicyTrainer
 
+PROMPTS = "prompts: a .txt with one a line, or records with a prompt column (text, or messages with roles)"
 
-@dataclass(frozen=True)
-class PracticeOptions:
+
+@dataclass(frozen=True, kw_only=True)
+class PracticeOptions(ModelUse):
     """What to improve, by what reward, on what prompts"""
 
-    model: str = required("directory of a run that trained a language model (pretrain, sft, ppo, ...)")
+    model: str = required(MODEL)
     reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
-    prompts: str = required("prompts: a .txt with one a line, or records with a prompt column")
+    prompts: str = required(PROMPTS)
     out: str = option("runs/ppo", "directory of the run")
     prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
     whole_text: bool | None = option(
@@ -40,11 +45,10 @@ class PracticeOptions:
 
 
 @dataclass(frozen=True)
-class LearningOptions:
+class LearningOptions(AdapterOptions):
     """How any algorithm learns"""
 
     lora: bool = option(True, "train adapters on one frozen trunk, which is the reference too; not the whole model")
-    lora_r: int = option(16, "rank of the adapters", least=1)
     actor_lr: float = option(1e-3, "learning rate of the policy", least=0)
     epochs: int = option(1, "passes over each batch of rollouts", least=1)
     minibatch_size: int = option(64, "sequences of an optimiser step; a prompt's samples stay together", least=1)
@@ -56,7 +60,8 @@ class LearningOptions:
     overlong_penalty: float = option(1.0, "what that penalty is at the limit")
 
 
-PASSED_ON = [field.name for field in fields(LearningOptions) if field.name not in ("lora", "lora_r")]
+ADAPTERS = {field.name for field in fields(AdapterOptions)}
+PASSED_ON = [field.name for field in fields(LearningOptions) if field.name not in ADAPTERS]
 
 
 def prompt_texts(options: PracticeOptions) -> list[str]:
@@ -78,11 +83,12 @@ def trainer_keywords(
     precision: str,
 ) -> dict[str, Any]:
     """What every trainer is told: prompts, all of which leave room for a response, and how to learn."""
-    ids, _ = prompts_with_room(tokenizer, prompt_texts(options), options.max_seq_len)
+    prompts = with_roles(prompt_texts(options), options.chat, tokenizer)
+    ids, _ = prompts_with_room(tokenizer, prompts, options.max_seq_len)
     return {
         "prompt_token_ids": ids,
         "pad_value": tokenizer.pad_id,
-        "tokenizer": tokenizer,
+        "tokenizer": Remembered(tokenizer, prompts),
         "actor_lora": learning.lora,
         "actor_lora_r": learning.lora_r,
         **{name: getattr(learning, name) for name in PASSED_ON},
@@ -95,6 +101,8 @@ def practise(
     trainer: OnPolicyTrainer, options: PracticeOptions, directory: RunDirectory, tokenizer: Tokenizer, resume: bool
 ) -> Path:
     """Train for --updates with checkpoints, and write the policy. Ctrl-C lets the update under way end."""
+    scope = trainer.actor_critic.actor_lora_scope
+    directory.config |= trainer.palm.pretrained
     if resume and directory.has_state():
         trainer.load(directory.state)
 
@@ -113,10 +121,12 @@ def practise(
             update_timesteps=options.rollouts,
             max_batch_size=options.rollout_batch,
             max_seq_len=options.max_seq_len,
-            eos_token=tokenizer.eos_id,
+            eos_token=tokenizer.eos_ids,
             temperature=options.temperature,
             on_update=keep,
         )
+    if scope is not None:
+        keep_adapter(trainer.palm, scope, directory.adapter_of(options.model))
     trainer.merged_policy().save(directory.weights)
     directory.finish(trainer.metrics, type(trainer.algorithm).__name__)
     return directory.path

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, text_reward
+from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, open_model, text_reward
 from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ppo import RLHFTrainer
-from palm_rlhf_pytorch.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class PPOLearning(LearningOptions):
 
 def run(options: PracticeOptions, learning: PPOLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
     directory, device = where.start(options.out, options.seed)
-    source = RunDirectory(options.model)
-    palm, tokenizer = source.palm().to(device), source.tokenizer()
+    palm, tokenizer = open_model(options.model, device, options.dtype)
+    learning.ready(palm)
     reward = text_reward(options.reward, device, options.whole_text, options.max_seq_len)
     shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
     log = directory.start("ppo", where.resume, tokenizer, options=options, learning=learning, compute=compute)

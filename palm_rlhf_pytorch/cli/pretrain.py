@@ -20,6 +20,7 @@ class PretrainOptions:
     data: str = required("a .txt, .jsonl, .csv or .tsv file (each also .gz), or hf:NAME[:split]")
     out: str = option("runs/pretrain", "directory of the run")
     lines: bool = option(False, "each line of a .txt file is a document of its own")
+    gradient_checkpointing: bool = option(False, "save memory by computing layers twice")
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
         read_texts(options.data, lines=options.lines), corpus_options.held_out, corpus_options.seed
     )
     tokenizer = directory.tokenizer() if where.resume else words.new(texts)
-    palm = model.new(tokenizer).to(device)
+    palm = model.new(tokenizer, gradient_checkpointing=options.gradient_checkpointing).to(device)
     corpus = build_corpus(texts, held_out, tokenizer, corpus_options)
     given = {"options": options, "words": words, "model": model, "corpus": corpus_options, "fit": fit}
     log = directory.start("pretrain", where.resume, tokenizer, **given, compute=compute)

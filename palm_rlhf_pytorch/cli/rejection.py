@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning, text_reward
-from palm_rlhf_pytorch.cli.on_policy import prompt_texts
+from palm_rlhf_pytorch.cli.on_policy import PROMPTS, prompt_texts
 from palm_rlhf_pytorch.data import read_demonstrations
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
 from palm_rlhf_pytorch.flags import option, required
@@ -19,7 +19,7 @@ class RejectionCommandOptions(StartOptions):
     """What to improve, by what reward, on what prompts"""
 
     reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
-    prompts: str = required("prompts: a .txt with one a line, or records with a prompt column")
+    prompts: str = required(PROMPTS)
     out: str = option("runs/rejection", "directory of the run")
     prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
     whole_text: bool | None = option(
@@ -36,7 +36,7 @@ def run(
     where: RunOptions,
 ) -> Path:
     run = Tuning("rejection", options, tuning, fit, compute, where)
-    prompts = prompt_texts(options)
+    prompts = run.with_roles(prompt_texts(options))
     prompts_with_room(run.tokenizer, prompts, drawing.max_seq_len)
     reward = text_reward(options.reward, run.device, options.whole_text, drawing.max_seq_len)
     run.start(prompts, drawing=drawing)

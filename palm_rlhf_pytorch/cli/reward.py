@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import ComputeOptions, ModelOptions, RunOptions, TokenizerOptions, say_held_out
+from palm_rlhf_pytorch.cli.common import (
+    MODEL,
+    ComputeOptions,
+    ModelOptions,
+    ModelUse,
+    RunOptions,
+    TokenizerOptions,
+    open_model,
+    say_held_out,
+    with_roles,
+)
+from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.data import Pair, Rating, first_words, read_pairs, read_ratings, split_holdout
+from palm_rlhf_pytorch.fine_tuning import AdapterOptions
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.rating import (
     RatingOptions,
@@ -15,16 +27,17 @@ from palm_rlhf_pytorch.rating import (
     train_on_pairs,
     train_on_ratings,
 )
-from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.supervised import FitOptions
 
 
-@dataclass(frozen=True)
-class RewardOptions:
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions(ModelUse, AdapterOptions):
     """What to learn, and from what model"""
 
-    data: str = required("ratings {prompt, response, rating} or {text, rating}; or pairs {prompt, chosen, rejected}")
-    model: str | None = option(None, "directory of a pretrained run to start from (default: a new, small model)")
+    data: str = required(
+        "ratings {prompt, response, rating}, {messages, rating} or {text, rating}; or pairs {prompt, chosen, rejected}"
+    )
+    model: str | None = option(None, MODEL + " (default: a new, small model)")
     out: str = option("runs/reward", "directory of the run")
     pairs: bool = option(False, "the data are choices between two responses (Bradley-Terry)")
     held_out: float = option(0.1, "share of the data kept for evaluation")
@@ -68,15 +81,19 @@ def run(
     if options.model is not None:
         if (words, sizes) != (TokenizerOptions(), ModelOptions()):
             print("--model brings its own tokenizer and sizes: the flags for a new model are not used")
-        source = RunDirectory(options.model)
-        tokenizer, palm = source.tokenizer(), source.palm()
+        palm, tokenizer = open_model(options.model, device, options.dtype)
     else:
         tokenizer = directory.tokenizer() if where.resume else words.new(texts_of(train))
         palm = sizes.new(tokenizer)
+    items = with_roles([*train, *held_out], options.chat, tokenizer)
+    train, held_out = items[: len(train)], items[len(train) :]
+    options.ready(palm)
     model = new_reward_model(palm, scale, options.dropout, options.lora, options.lora_r, not options.encoder).to(device)
+    del palm  # the reward model has a copy
     given = {"options": options, "ratings": ratings, "fit": fit, "words": words, "model": sizes, "compute": compute}
     log = directory.start("reward", where.resume, tokenizer, **given)
     directory.config["whole_text"] = not options.pairs and not any(r.prompt for r in train)
+    directory.config["chat"] = any(isinstance(item.prompt, Conversation) for item in train)
     if scale is not None:
         worth = ", ".join(f"{value:.3g}" for value in scale.values)
         print(f"bins divided at {', '.join(f'{e:.3g}' for e in scale.edges)} are worth {worth}")

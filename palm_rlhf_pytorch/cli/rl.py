@@ -18,20 +18,19 @@ from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
 from palm_rlhf_pytorch.algorithms.ppo import PPO
-from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, text_reward
+from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, open_model, text_reward
 from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
-from palm_rlhf_pytorch.run_directory import RunDirectory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RLOptions(PracticeOptions):
     """What to improve, by what reward, on what prompts"""
 
     reward: tuple[str, ...] = required(
         "directory of a reward run, or FILE.py:FUNCTION, called with two lists of text (prompts, responses) for a "
-        "number each; of several the mean counts"
+        "number each (a prompt with roles is text that also has .messages); of several the mean counts"
     )
     algorithm: str = option("grpo", "how to learn; its own flags are below", choices=tuple(ALGORITHMS))
     out: str = option("runs/rl", "directory of the run")
@@ -84,8 +83,8 @@ def rewards(options: RLOptions, device: torch.device) -> Any:
 
 def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
     directory, device = where.start(options.out, options.seed)
-    source = RunDirectory(options.model)
-    palm, tokenizer = source.palm().to(device), source.tokenizer()
+    palm, tokenizer = open_model(options.model, device, options.dtype)
+    learning.ready(palm)
     reward = rewards(options, device)
     shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
     log = directory.start("rl", where.resume, tokenizer, options=options, own=own, learning=learning, compute=compute)

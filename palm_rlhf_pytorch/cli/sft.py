@@ -16,7 +16,10 @@ from palm_rlhf_pytorch.sft import train_on_demonstrations
 class SFTCommandOptions(StartOptions):
     """What to learn from, and what model is to learn it"""
 
-    data: str = required("demonstrations {prompt, response}, such as the best.jsonl of a rejection run")
+    data: str = required(
+        "demonstrations {prompt, response}, such as the best.jsonl of a rejection run, or {messages} with roles, of "
+        "which the last is learned"
+    )
     out: str = option("runs/sft", "directory of the run")
 
 
@@ -28,7 +31,7 @@ def run(
     where: RunOptions,
 ) -> Path:
     run = Tuning("sft", options, tuning, fit, compute, where)
-    demonstrations = read_demonstrations(options.data)
+    demonstrations = run.with_roles(read_demonstrations(options.data))
     run.start(demonstrations)
     return run.train(train_on_demonstrations, demonstrations)
 
