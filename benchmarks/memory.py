@@ -2,22 +2,26 @@
 
 python benchmarks/memory.py                     # on the CPU; each line is a fresh process
 python benchmarks/memory.py --peers none --work ppo
+python benchmarks/memory.py --work fits         # PPO on an 8-billion-parameter model, computed; measured on a GPU
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 
+import what_fits
 from harness import Runs, record, table, three
 from sides import Weights, add_peers, alone, labels_for, palm_config, parse, parser_of, peak_mib
 
 WORK = ("train", "generate", "ppo")
+FITS = "fits"
 Line = tuple[str, str, Runs]  # what it is one of, which one, its runs
 
 
 def options_of() -> argparse.Namespace:
     parser = parser_of(__doc__, repeats=2)
     add_peers(parser, "transformers", "reference")
-    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="what is measured")
+    parser.add_argument("--work", nargs="+", choices=(*WORK, FITS), default=list(WORK), help="what is measured")
     for name, size in dict(vocab=256000, dim=256, depth=2, batch=1, length=1024).items():
         parser.add_argument(f"--train-{name}", type=int, default=size, help=f"{name} in the training step")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16, 64], help="of generation")
@@ -29,6 +33,10 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=16, help="PPO's answers generated together")
     parser.add_argument("--ppo-prompt", type=int, default=32, help="tokens of PPO's prompts")
     parser.add_argument("--ppo-length", type=int, default=128, help="tokens of PPO's prompts and answers")
+    parser.add_argument("--room", type=float, default=80.0, help="GB that it should fit into")
+    for name, size in asdict(what_fits.Plan()).items():
+        flag = f"--fits-{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=size, help=f"{name.replace('_', ' ')} of PPO on the big model")
     return parse(parser)
 
 
@@ -82,8 +90,33 @@ def rows_of(lines: list[Line]) -> list[dict[str, str]]:
     return rows
 
 
+def fits(options: argparse.Namespace) -> None:
+    """The parts of PPO on AYA_8B, and on a GPU its peak."""
+    plan = what_fits.Plan(**{name: getattr(options, f"fits_{name}") for name in asdict(what_fits.Plan())})
+    sizes = what_fits.AYA_8B
+    shown = table(what_fits.rows_of(sizes, plan))
+    print(shown, end="\n\n")
+    tokens = what_fits.longest(sizes, plan, options.room * what_fits.GB)
+    notes = (
+        f"PPO with LoRA of rank {plan.rank} on actor and critic, one trunk of 8 billion parameters in bfloat16 "
+        f"(aya-expanse-8b's sizes): {plan.rollout} answers of {plan.length} tokens, {plan.at_once} sampled and "
+        f"{plan.micro_batch} trained at once, gradient checkpointing. Computed from shapes. Into {options.room:.0f} GB "
+        f"go sequences of up to {tokens:,} tokens."
+    )
+    if options.device == "cuda":
+        notes += f" Measured: {what_fits.measured(sizes, plan, options.device) / what_fits.GB:.1f} GB at most."
+    print(notes)
+    if options.record:
+        record(f"what fits, {options.device}", shown, notes)
+
+
 def main() -> None:
     options = options_of()
+    if FITS in options.work:
+        fits(options)
+        options.work.remove(FITS)
+        if not options.work:
+            return
     lines: list[Line] = []
     with Weights(options.threads) as weights:
         for name, measure in dict(train=training, generate=generation, ppo=ppo).items():

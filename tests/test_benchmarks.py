@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -16,6 +17,7 @@ import harness  # noqa: E402
 import peers  # noqa: E402
 import scaling  # noqa: E402
 import sides  # noqa: E402
+import what_fits  # noqa: E402
 
 TINY = "--threads 1 --repeats 2 --dim 16 --depth 1 --heads 2 --dim-head 8 --vocab 32".split()
 COMMANDS = {
@@ -248,3 +250,30 @@ def test_command(finished, name):
         assert text in done.stdout
     if importlib.util.find_spec("transformers") is not None:
         assert name != "train" or "| transformers" in done.stdout
+
+
+# what fits
+
+
+def test_parts_are_what_the_model_really_takes():
+    sizes = dict(num_tokens=32, dim=16, depth=3, heads=4, kv_heads=2, dim_head=8, ff_inner_dim=24, use_xpos=False)
+    plan = what_fits.Plan(rank=2, at_once=3, rollout=6, length=9, micro_batch=2)
+    trainer = what_fits.random_trainer(sizes, plan, "cpu", torch.bfloat16)
+    of = what_fits.parts(sizes, plan)
+    palm = trainer.palm
+    assert of["weights, once"] == sum(t.numel() * t.element_size() for t in (*palm.palm_parameters(), *palm.buffers()))
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert of["adapters and heads, float32, with gradients and Adam"] == 16 * sum(p.numel() for p in trained)
+    assert of["rollout: key/value cache"] == 2 * 3 * 3 * 9 * 2 * 2 * 8  # bytes, layers, rows, tokens, k and v, heads, d
+    qkv, out = (4 + 2 + 2) * 8 * 16, 4 * 8 * 16
+    assert of["rollout: weights that merged adapters replace"] == 2 * 3 * (qkv + out)
+    trainer.train(1, plan.rollout, plan.rollout, plan.at_once, plan.length)
+    assert len(trainer.history) == 1
+
+
+def test_the_longest_sequence_that_fits():
+    sizes = dict(num_tokens=32, dim=16, depth=3, heads=4, dim_head=8)
+    plan = what_fits.Plan(length=100)
+    most = what_fits.peak(what_fits.parts(sizes, plan))
+    assert what_fits.longest(sizes, plan, most) == 100
+    assert what_fits.longest(sizes, plan, most - 1) == 99
