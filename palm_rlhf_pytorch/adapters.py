@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from palm_rlhf_pytorch.cohere import PROJECTIONS, adapter_slots
 from palm_rlhf_pytorch.directories import read_object
 from palm_rlhf_pytorch.files import write_json
 from palm_rlhf_pytorch.lora import LoraOptions
-from palm_rlhf_pytorch.tensor_files import SafetensorsFiles, Slot, check_fit, few, fill
+from palm_rlhf_pytorch.tensor_files import SafetensorsFiles, Slot, check_fit, few, fill, refuse_faults
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
@@ -70,6 +71,9 @@ def read_adapter(palm: PaLM, directory: Path, scope: str) -> None:
     foreign = [name for name, found in there.items() if not found or found[1] not in MODULES]
     if foreign:
         raise ValueError(f"the adapter in {str(directory)!r} changes {few(foreign)}; it may change {[*MODULES]} only")
+    made = [(name, shape, (options.r, *shape[1:])) for name, shape in tensors.shapes.items() if ".lora_A." in name]
+    wrong = [f"{name} (is {shape}, should be {should})" for name, shape, should in made if shape != should]
+    refuse_faults(directory, {"of another shape": wrong})  # before memory is taken for a rank of any size
     adapts_ff = any(MODULES[found[1]] in FEEDFORWARD for found in there.values())
     keywords = dict(lora_r=options.r, lora_alpha=options.alpha, lora_rslora=options.rslora, lora_ff=adapts_ff)
     palm.add_finetune_params(scope, **keywords)
@@ -91,7 +95,7 @@ def options_of(config: dict[str, Any]) -> LoraOptions:
         if config.get(field, absent) not in (absent, None):
             raise ValueError(f"{CONFIG_FILE} says {field}={config[field]!r}: adapters here are without it")
     r, alpha = config.get("r"), config.get("lora_alpha", 8)
-    if not isinstance(r, int) or not isinstance(alpha, int | float) or r < 1 or not alpha > 0:
+    if type(r) is not int or type(alpha) not in (int, float) or r < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"{CONFIG_FILE} says r={r!r} and lora_alpha={alpha!r}: numbers above 0 are needed")
     return LoraOptions(r, alpha, bool(config.get("use_rslora")))
 

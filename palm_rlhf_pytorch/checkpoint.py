@@ -7,7 +7,7 @@ import logging
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,13 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, "pt")
     except Exception as error:  # SafetensorError, OSError
         raise refusal(path, error) from None
+
+
+def refuse_hugging_face(path: str | Path, names: Iterable[str]) -> None:
+    if "model.embed_tokens.weight" in names:
+        raise ValueError(
+            f"{str(path)!r} is a file of a Hugging Face model: PaLM.from_pretrained loads the directory around it"
+        )
 
 
 def refusal(path: Path, error: Exception) -> ValueError:
@@ -181,6 +188,7 @@ def load_weights(module: nn.Module, path: str | Path, generation: str | None = N
     if generation is not None and generation not in GENERATIONS:
         raise ValueError(f"generation is one of {GENERATIONS}, or None to look, got {generation!r}")
     state, config = read_weights(path)
+    refuse_hugging_face(path, state)
     own = module.state_dict()
     if config is not None:
         module.pretrained = config.pop(PRETRAINED, {})

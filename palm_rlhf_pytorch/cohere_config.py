@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def refusal(field: str, value: Any, why: str) -> ValueError:
 
 def number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
     value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise refusal(field, value, "a number is needed")
     return value
 
@@ -83,7 +84,10 @@ def rotary_theta(config: Mapping[str, Any]) -> float:
     said = [base for base in (rope.get("rope_theta"), config.get("rope_theta")) if base is not None]
     if len(set(said)) > 1:
         raise refusal("rope_theta", config["rope_theta"], f"rope_parameters says {rope.get('rope_theta')}")
-    return number({"rope_theta": said[0] if said else None}, "rope_theta")
+    theta = number({"rope_theta": said[0] if said else None}, "rope_theta")
+    if theta <= 0:
+        raise refusal("rope_theta", theta, "a number above 0 is needed")
+    return theta
 
 
 def qk_norm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,10 @@ ALL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 def tensors_of(directory: Path) -> SafetensorsFiles:
     """The tensors of a directory: of model.safetensors, or of the shards that its index names."""
     index = directory / INDEX
-    if (directory / WEIGHTS).is_file() or not index.is_file():
+    if (directory / WEIGHTS).is_file():
         return SafetensorsFiles([directory / WEIGHTS])
+    if not index.is_file():
+        raise FileNotFoundError(f"there is no weights file {str(directory / WEIGHTS)!r}; pickles (.bin) are not read")
     said = weight_map(index)
     for name in sorted(set(said.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -77,9 +79,9 @@ def staged(directory: str | Path) -> Iterator[Path]:
     raises, nothing has changed.
     """
     final = Path(directory).absolute()
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{secrets.token_hex(4)}.{final.name}")
-    staging.mkdir()
+    # within what is there, because only on its own disk can files be renamed into it
+    staging = (final if final.exists() else final.parent) / f".{secrets.token_hex(4)}.{final.name}"
+    staging.mkdir(parents=True)
     try:
         yield staging
         if not final.exists():

@@ -116,7 +116,7 @@ class HubMixin:
 
     def model_card(self, repo_id: str, run: str | Path | None = None, **saving: Any) -> huggingface_hub.ModelCard:
         """What the model is, what trained it, its last metrics and how it is used."""
-        origin = getattr(self, "pretrained", {}).get("base_model")
+        origin = self.pretrained.get("base_model")
         opened_by = "peft" if saving.get("adapters") == "peft" else "transformers"
         library = opened_by if saving.get("format") == "huggingface" else LIBRARY
         return model_card(repo_id, self.usage(repo_id, **saving), run, origin, library, self.pipeline)

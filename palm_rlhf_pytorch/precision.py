@@ -16,16 +16,19 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Unrounded(nn.Module):
-    """A module that `half()`, `bfloat16()` and the like move to another device, but do not round: numbers that are
-    small beside 1, or that an optimiser moves by little, would be lost. Wider dtypes are followed.
+    """A module whose own tensors (not those of modules in it) `half()`, `bfloat16()` and the like move to another
+    device, but do not round: numbers that are small beside 1, or that an optimiser moves by little, would be lost.
+    Wider dtypes are followed.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         def unrounded(t: Tensor) -> Tensor:
             moved = fn(t)
             return t.to(moved.device) if moved.dtype in HALVES and t.dtype not in HALVES else moved
 
-        return super()._apply(unrounded, *args, **kwargs)
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        return super()._apply(unrounded, recurse=False)
 
 
 class UnroundedLinear(Unrounded, nn.Linear):

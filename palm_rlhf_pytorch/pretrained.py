@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,12 +13,12 @@ import torch
 
 from palm_rlhf_pytorch import cohere, cohere_config, hub
 from palm_rlhf_pytorch.adapters import read_adapter, write_adapter
-from palm_rlhf_pytorch.checkpoint import GENERATIONS, config_in, save_weights
+from palm_rlhf_pytorch.checkpoint import GENERATIONS, PRETRAINED, config_in, noted_in, save_weights
 from palm_rlhf_pytorch.directories import WEIGHTS, read_object, staged, write_shards
 from palm_rlhf_pytorch.files import write_json
 from palm_rlhf_pytorch.hub import LIBRARY, HubMixin, located
 from palm_rlhf_pytorch.serving import as_served, of_ours, save_tokenizer, serving_of
-from palm_rlhf_pytorch.sources import FREE_LORA, Source, chosen, load_into, source_of, state_layout, unmade
+from palm_rlhf_pytorch.sources import FREE_LORA, Source, check_depth, chosen, load_into, source_of, state_layout, unmade
 from palm_rlhf_pytorch.tensor_files import SafetensorsFiles
 
 if TYPE_CHECKING:
@@ -79,9 +80,13 @@ class PretrainedMixin(HubMixin):
         """
         path = located(path_or_repo_id, revision)
         one_of("generation", generation or GENERATIONS[0], GENERATIONS)
+        unknown = overrides.keys() - inspect.signature(cls).parameters
+        if unknown:
+            raise TypeError(f"from_pretrained has no keyword {', '.join(sorted(unknown))}")
         scopes = overrides.pop("finetune_scopes", ())
         source = source_of(path, generation, overrides)
         keywords = chosen(source, overrides)
+        check_depth(path, keywords.get("depth"), source.tensors)
         palm = unmade(path, lambda: cls(**keywords))
         load_into(palm, source, dtype, device)
         own_lora(palm, {name: overrides[name] for name in FREE_LORA if name in overrides})
@@ -167,6 +172,14 @@ class PretrainedReward(HubMixin):
 
     pipeline = "text-classification"
 
+    @property
+    def pretrained(self) -> Mapping[str, Any]:
+        return self.palm.pretrained
+
+    @pretrained.setter
+    def pretrained(self, said: Mapping[str, Any]) -> None:
+        self.palm.pretrained = said
+
     @classmethod
     def from_pretrained(
         cls,
@@ -187,11 +200,13 @@ class PretrainedReward(HubMixin):
         if "palm" not in keywords:
             raise ValueError(f"{str(path)!r} does not hold a reward model of ours (see RewardModel.load for others)")
         palm = keywords.pop("palm")
+        check_depth(path, palm.get("depth") if isinstance(palm, dict) else None, tensors)
         model = unmade(path, lambda: cls(PaLM(**palm), **keywords))
         load_into(model, Source(path, keywords, tensors, state_layout), dtype, device)
         bins = keywords.get("bin_values")
         values = torch.arange(len(model.bin_values)) if bins is None else torch.tensor(bins)
         model.bin_values.copy_(values)  # the one buffer that no file holds
+        model.pretrained = (noted_in(path, tensors.metadata) or {}).get(PRETRAINED, {})
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: Any = None) -> None:
@@ -200,13 +215,9 @@ class PretrainedReward(HubMixin):
         tokenizer = of_ours(tokenizer)
         with staged(directory) as staging:
             save_tokenizer(tokenizer, staging)
-            self.save(staging / REWARD_WEIGHTS)
-            config = {
-                "model_type": f"{LIBRARY}-reward",
-                **serving_of(self.palm, tokenizer),
-                "reward": self.whole_config,
-            }
-            write_json(staging / "config.json", config)
+            config, serving = self.whole_config, serving_of(self.palm, tokenizer)
+            save_weights(staging / REWARD_WEIGHTS, self.state_dict(), config, serving)
+            write_json(staging / "config.json", {"model_type": f"{LIBRARY}-reward", **serving, "reward": config})
 
     def usage(self, repo_id: str, **saving: Any) -> str:
         return hub.USE_REWARD.format(repo_id=repo_id)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
+from palm_rlhf_pytorch.conversation import from_json
 from palm_rlhf_pytorch.generation import check_prompts
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
@@ -41,8 +42,9 @@ class Prompts:
         tokenizer: Callable[[list[str]], Any] | None,
         pad_value: int = 0,
     ) -> Prompts:
-        """From exactly one of texts, a file with one a line, or ids. Texts are padded with the tokenizer's `pad_id`, if
-        it has one, and begin with bos where the tokenizer is one of ours: so do the texts of pretraining.
+        """From exactly one of texts (or lists of messages), a file with one a line, or ids. Texts are padded with the
+        tokenizer's `pad_id`, if it has one, and begin with bos where the tokenizer is one of ours: so do the texts of
+        pretraining.
         """
         if sum(x is not None for x in (prompts, prompts_path, prompt_token_ids)) != 1:
             raise ValueError("exactly one of prompts, prompts_path and prompt_token_ids is needed")
@@ -50,6 +52,8 @@ class Prompts:
             return cls(prompt_token_ids, pad_value)
         if isinstance(prompts, str):
             raise TypeError("prompts is a list of texts; a single text goes in as [text]")
+        if prompts is not None:
+            prompts = [from_json(prompt) for prompt in prompts]
         if prompts_path is not None:
             lines = Path(prompts_path).read_text(encoding="utf-8-sig").split("\n")
             prompts = [line for line in lines if line.strip()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.checkpoint import load_weights, read_config, save_weights
 from palm_rlhf_pytorch.ops import has_token_after_padding, lengths_to_mask, masked_mean
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.precision import Unrounded, UnroundedLinear
 from palm_rlhf_pytorch.pretrained import PretrainedReward
 from palm_rlhf_pytorch.utils import eval_decorator, gumbel_sample
 
@@ -27,11 +28,12 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 
-class RewardModel(PretrainedReward, nn.Module):
+class RewardModel(PretrainedReward, Unrounded):
     """A copy of `palm` with a head on its mean embedding: ratings in bins (cross-entropy) or a scalar (MSE).
 
     With `use_lora` only adapters, the prompt/response embeddings and the head are trained. Beyond the reference:
-    `bin_values`, what each bin is worth (default 0, 1, ... as the reference's class indices).
+    `bin_values`, what each bin is worth (default 0, 1, ... as the reference's class indices). On a palm in half
+    precision head, embeddings and what bins are worth stay float32.
     """
 
     @beartype
@@ -78,9 +80,9 @@ class RewardModel(PretrainedReward, nn.Module):
         self.prompt_embed = nn.Parameter(torch.zeros(1, 1, dim))
         self.response_embed = nn.Parameter(torch.zeros(1, 1, dim))
         if self.binned_output:
-            self.to_pred = nn.Linear(dim, bins)
+            self.to_pred = UnroundedLinear(dim, bins)
         else:
-            self.to_pred = nn.Sequential(nn.Linear(dim, 1, bias=False), Rearrange("... 1 -> ..."))
+            self.to_pred = nn.Sequential(UnroundedLinear(dim, 1, bias=False), Rearrange("... 1 -> ..."))
         values = torch.arange(bins).float() if bin_values is None else torch.tensor(bin_values).float()
         if self.binned_output and values.numel() != bins:
             raise ValueError(f"bin_values needs one value for each of the {bins} bins, got {values.numel()}")
@@ -100,7 +102,7 @@ class RewardModel(PretrainedReward, nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights and constructor keywords as safetensors, atomically."""
-        save_weights(path, self.state_dict(), self.whole_config)
+        save_weights(path, self.state_dict(), self.whole_config, self.pretrained)
 
     def load(self, path: str | Path, generation: str | None = None) -> RewardModel:
         """Load .safetensors or .pt weights of ours or of the reference; see `PaLM.load`."""
@@ -177,7 +179,7 @@ class RewardModel(PretrainedReward, nn.Module):
         embeds, pooled = self._embeds(x.masked_fill(~mask, -1), prompt_mask), (mask & ~prompt_mask)[..., None]
         totals = embeds.masked_fill(~pooled, 0.0).float().cumsum(dim=1)
         means = totals / pooled.cumsum(dim=1).clamp(min=1)
-        return self._rating(self.to_pred(means.to(embeds.dtype)))
+        return self._rating(self.to_pred(means))
 
     def pair_loss(
         self,

@@ -21,11 +21,21 @@ from palm_rlhf_pytorch.checkpoint import (
     first_names,
     is_safetensors,
     noted_in,
+    refuse_hugging_face,
     tell_generation,
 )
 from palm_rlhf_pytorch.directories import WEIGHTS, read_object, tensors_of
 from palm_rlhf_pytorch.hub import LIBRARY
-from palm_rlhf_pytorch.tensor_files import SafetensorsFiles, Slot, Tensors, TorchFile, check_fit, fill, materialize
+from palm_rlhf_pytorch.tensor_files import (
+    FLOATING,
+    SafetensorsFiles,
+    Slot,
+    Tensors,
+    TorchFile,
+    check_fit,
+    fill,
+    materialize,
+)
 
 Layout = tuple[Mapping[str, Slot], Mapping[str, str]]  # slots, and the names that may repeat one of them
 # what a caller may choose for any checkpoint, because no weight depends on it
@@ -52,8 +62,8 @@ def source_of(path: Path, generation: str | None, overrides: Mapping[str, Any]) 
         return source_in_file(path, generation, overrides)
     config = read_object(path / "config.json") if (path / "config.json").is_file() else {}
     kind = config.get("model_type")
-    serving = {name: config[name] for name in (*cohere_config.SERVING, "base_model") if config.get(name) is not None}
-    if kind in cohere_config.ARCHITECTURES:
+    serving = serving_in(path, config)
+    if kind in [*cohere_config.ARCHITECTURES]:  # a list, for whatever config.json says
         tensors, keywords = tensors_of(path), cohere_config.keywords_of(config)
         return Source(path, keywords, tensors, cohere.layout, cohere.NOT_NEEDED, cohere.compute_frequencies, serving)
     if kind not in (None, LIBRARY):
@@ -69,6 +79,17 @@ def source_of(path: Path, generation: str | None, overrides: Mapping[str, Any]) 
     return source
 
 
+def serving_in(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a directory says beyond the constructor: of special ids generation_config.json, as in transformers, before
+    config.json.
+    """
+    ids = path / "generation_config.json"
+    first = read_object(ids) if ids.is_file() else {}
+    said = {**config, **{name: value for name, value in first.items() if value is not None}}
+    found = {name: said[name] for name in (*cohere_config.SERVING, "base_model") if said.get(name) is not None}
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in found.items()}
+
+
 def source_in_file(path: Path, generation: str | None, overrides: Mapping[str, Any]) -> Source:
     """Ours says in the file what it is; the reference's is told by its shapes, and its generation by its gammas."""
     if is_safetensors(path):
@@ -82,6 +103,7 @@ def source_in_file(path: Path, generation: str | None, overrides: Mapping[str, A
     else:
         tensors = TorchFile(path)
         ours = tensors.version > 1
+    refuse_hugging_face(path, tensors.shapes)
     keywords = sizes_of(path, tensors.shapes, overrides)
     if generation is None and not ours:
         generation = tell_generation([tensors.read(name) for name in tensors.shapes if name.endswith("norm.gamma")])
@@ -103,12 +125,12 @@ def sizes_of(path: Path, shapes: Mapping[str, tuple[int, ...]], given: Mapping[s
     heads, kv_heads = (given.get(k, n // max(1, dim_head)) for k, n in (("heads", attn_inner), ("kv_heads", both)))
     if dim_head < 2 or heads * dim_head != attn_inner or attn_inner + 2 * (kv_heads * dim_head + ff_inner) != rows:
         raise ValueError(f"the heads of {str(path)!r} cannot be told by its shapes: give heads, dim_head and kv_heads")
-    depth = 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"layers\.\d+\.", name))
+    layers = {name.split(".")[1] for name in shapes if re.match(r"layers\.\d+\.", name)}
     adapters = (re.fullmatch(r"finetune_modules\.(.+)\.0\.0\.A", name) for name in shapes)
     found = dict(
         num_tokens=num_tokens,
         dim=dim,
-        depth=depth,
+        depth=len(layers),
         heads=heads,
         kv_heads=kv_heads,
         dim_head=dim_head,
@@ -135,6 +157,12 @@ def chosen(source: Source, overrides: Mapping[str, Any]) -> dict[str, Any]:
         if name not in (*FREE, *FREE_LORA) and said != value:
             raise ValueError(f"{name} cannot be {value!r}: for {str(source.where)!r} it is {said!r}, leave it out")
     return {**source.keywords, **{name: value for name, value in overrides.items() if name not in FREE_LORA}}
+
+
+def check_depth(where: Path, depth: Any, tensors: Tensors) -> None:
+    """Layers are made before their tensors are looked for, and even without memory a million takes long."""
+    if isinstance(depth, int) and depth > len(tensors.shapes):
+        raise ValueError(f"{str(where)!r} says that there are {depth} layers, but holds {len(tensors.shapes)} tensors")
 
 
 class Unmade(TorchFunctionMode):
@@ -179,6 +207,6 @@ def stored_dtype(tensors: Tensors) -> torch.dtype:
 
 def floating(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if found not in FLOATING:
         raise ValueError(f"weights are float32, bfloat16, float16 or float64, got {dtype}")
     return found

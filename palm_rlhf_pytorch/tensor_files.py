@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.checkpoint import open_safetensors, read_weights
 
 PIECE = 2**24  # bytes read at once, which is all that loading holds beside the model
+# what weights are; anything narrower is quantised, and of another worth than its numbers
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def fill(where: Path, slots: Mapping[str, Slot], twins: Mapping[str, str], tenso
 def check_fit(
     where: Path, slots: Mapping[str, Slot], twins: Mapping[str, str], tensors: Tensors, passed_over: str = "$^"
 ) -> None:
-    """Refuse in one sentence what is missing, left over or of another shape. passed_over: a pattern in names that are
-    not needed.
+    """Refuse in one sentence what is missing, left over, of another shape or of none of the dtypes that weights have.
+    passed_over: a pattern in names that are not needed.
     """
     shapes = {name: tuple(slot.place.shape) for name, slot in slots.items()}
     known = shapes | {twin: shapes[name] for twin, name in twins.items()}
@@ -139,7 +141,13 @@ def check_fit(
         for name, shape in known.items()
         if tensors.shapes.get(name, shape) != shape
     ]
-    faults = {"missing": missing, "left over": left, "of another shape": wrong}
+    refuse_faults(where, {"missing": missing, "left over": left, "of another shape": wrong})
+    dtypes = {name: tensors.read(name, 0, 1).dtype for name in slots}
+    strange = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in FLOATING]
+    refuse_faults(where, {"of another dtype": strange})
+
+
+def refuse_faults(where: Path, faults: Mapping[str, list[str]]) -> None:
     said = "; ".join(f"{what}: {few(names)}" for what, names in faults.items() if names)
     if said:
         raise ValueError(f"the weights in {str(where)!r} do not fit their model, {said}")

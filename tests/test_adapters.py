@@ -102,8 +102,10 @@ def test_adapters_that_peft_made_are_taken_over(make_palm, tmp_path, targets, rs
         (dict(modules_to_save=["lm_head"]), "modules_to_save="),
         (dict(peft_type="IA3"), "peft_type='IA3': only 'LORA'"),
         (dict(r=0), "r=0"),
+        (dict(r=True), "r=True"),
+        (dict(r=10**15), r"of another shape: \S+k_proj.lora_A.weight \(is \(3, 24\), should be \(1000000000000000, 24"),
         (dict(lora_alpha="8"), "lora_alpha='8'"),
-        (dict(r=4), r"of another shape: \S+q_proj.lora_A.weight \(is \(3, 24\), should be \(4, 24\)\)"),
+        (dict(r=4), r"of another shape: \S+k_proj.lora_A.weight \(is \(3, 24\), should be \(4, 24\)\)"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused_by_name(make_palm, tmp_path, change, said):

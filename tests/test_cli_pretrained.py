@@ -148,7 +148,7 @@ def test_a_run_of_an_imported_model_can_be_resumed_and_gone_on_from(files, tmp_p
     assert run("ppo --resume --updates 3 --out {out}", out=out) == 0
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3]
     notes = json.loads((out / "config.json").read_text())
-    assert notes["max_position_embeddings"] == 128 and notes["eos_token_id"] == 4
+    assert notes["max_position_embeddings"] == 128 and notes["eos_token_id"] == [4, 2]
     assert run(TRAINING["sft"] + " --model {model} --out {out}", **files, model=out, out=tmp_path / "sft") == 0
     again = RunDirectory(tmp_path / "sft")
     assert isinstance(again.tokenizer(), HFTokenizer) and again.notes()["max_position_embeddings"] == 128

@@ -137,6 +137,8 @@ GOOD = dict(
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}), "rope_parameters=.*without scaling"),
         (dict(rope_parameters={"rope_theta": 1.0, "partial_rotary_factor": 0.5}), "rope_parameters="),
         (dict(rope_theta=None), "rope_theta=None"),
+        (dict(rope_theta=0), "rope_theta=0, .*above 0"),
+        (dict(layer_norm_eps=float("nan")), "layer_norm_eps=nan"),
         (dict(rope_parameters={"rope_theta": 7.0}), "rope_theta=10000.0, of which rope_parameters says .*7.0"),
         (dict(hidden_size=None), "hidden_size=None.*whole number"),
         (dict(num_attention_heads="2"), "num_attention_heads='2'"),

@@ -94,10 +94,12 @@ def test_cards_of_adapters_rewards_and_without_a_run(make_palm, tmp_path, api):
         b'load_adapter("me/mine"' in api.last.files["README.md"]
         and b"library_name: peft" in api.last.files["README.md"]
     )
+    palm.pretrained = {"base_model": "their/base"}
     reward = RewardModel(palm)
     reward.push_to_hub("me/reward")
     assert {*api.last.files} == {"README.md", "reward.safetensors", "config.json"}
     text = api.last.files["README.md"].decode()
+    assert "base_model: their/base" in text
     assert "RewardModel.from_pretrained" in text and "## Training" not in text and "Saved by" in text
 
 

@@ -43,6 +43,21 @@ def test_buffers_too_and_copies():
     assert table.rows.dtype == torch.int64 and torch.equal(table.values, torch.tensor([1e-3, 1.001]))
 
 
+def test_modules_within_are_rounded():
+    class Around(Unrounded):
+        def __init__(self):
+            super().__init__()
+            self.own, self.within = nn.Parameter(torch.ones(2)), Both()
+
+    around = Around().bfloat16()
+    dtypes = {name: p.dtype for name, p in around.named_parameters() if not name.endswith("bias")}
+    assert dtypes == {
+        "own": torch.float32,
+        "within.rounded.weight": torch.bfloat16,
+        "within.kept.weight": torch.float32,
+    }
+
+
 def test_a_linear_map_in_its_own_precision():
     linear, x = UnroundedLinear(64, 2).bfloat16(), torch.randn(5, 64).bfloat16()
     assert linear(x).dtype == torch.float32

@@ -174,6 +174,19 @@ def test_fewer_shards_leave_none_of_the_old_and_other_files_stay(make_palm, shar
     assert [*sharded.parent.iterdir()] == [sharded]
 
 
+def test_a_directory_alone_on_its_disk_is_written_to(make_palm, cohere, monkeypatch):
+    rename = os.replace
+
+    def within_a_disk(source, target):
+        assert str(source).startswith(str(cohere)), "cross-device link"
+        rename(source, target)
+
+    monkeypatch.setattr("os.replace", within_a_disk)
+    palm = make_palm(use_xpos=False, dim_head=6)
+    palm.save_pretrained(cohere, "huggingface")
+    assert torch.equal(PaLM.from_pretrained(cohere).token_emb.weight, palm.token_emb.weight)
+
+
 def test_a_failing_save_changes_nothing(make_palm, cohere, monkeypatch):
     before = contents(cohere)
 
@@ -204,6 +217,24 @@ def test_what_is_asked_for_must_be_known(make_palm, tmp_path):
     with pytest.raises(NotADirectoryError, match="is a file"):
         palm.save_pretrained(tmp_path / "file")
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_of_hugging_faces_and_keywords_of_nothing_are_told(make_palm, cohere):
+    for load in (PaLM.from_pretrained, make_palm().load):
+        with pytest.raises(ValueError, match="is a file of a Hugging Face model: PaLM.from_pretrained loads the dir"):
+            load(cohere / "model.safetensors")
+    with pytest.raises(TypeError, match="from_pretrained has no keyword device_map, torch_dtype$"):
+        PaLM.from_pretrained(cohere, torch_dtype="bfloat16", device_map="auto")
+
+
+def test_special_ids_may_stand_in_generation_config_alone(cohere, tmp_path):
+    (cohere / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "pad_token_id": 0, "top_k": 7}))
+    palm = PaLM.from_pretrained(cohere)
+    assert palm.pretrained["eos_token_id"] == [2, 5] and "top_k" not in palm.pretrained
+    for file in ("config.json", "generation_config.json"):
+        palm.save_pretrained(tmp_path / "again", "huggingface")
+        said = json.loads((tmp_path / "again" / file).read_text())
+        assert (said["eos_token_id"], said["pad_token_id"]) == ([2, 5], 0)
 
 
 # the reference's checkpoints
@@ -285,7 +316,11 @@ def edit(folder, change) -> None:
         ),
         (
             lambda t: t.update({k: v.to(torch.int8) for k, v in t.items() if "embed" in k}),
-            "weights are float32, .* got torch.int8",
+            r"of another dtype: model.embed_tokens.weight \(torch.int8\)$",
+        ),
+        (
+            lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if "1.mlp.up" in k}),
+            r"of another dtype: model.layers.1.mlp.up_proj.weight \(torch.float8_e4m3fn\)$",
         ),
     ],
 )
@@ -345,6 +380,14 @@ def test_keywords_in_a_file_may_be_anything(make_palm, tmp_path, noted):
         RewardModel.from_pretrained(tmp_path / "palm.safetensors")
 
 
+def test_layers_without_tensors_for_them_are_not_made(make_palm, tmp_path):
+    config = make_palm().whole_config | {"depth": 10**9}
+    for load, noted in ((PaLM.from_pretrained, config), (RewardModel.from_pretrained, {"palm": config})):
+        save_file({"x": torch.zeros(1)}, tmp_path / "palm.safetensors", {CONFIG: json.dumps(noted)})
+        with pytest.raises(ValueError, match="says that there are 1000000000 layers, but holds 1 tensors"):
+            load(tmp_path / "palm.safetensors")
+
+
 @pytest.mark.parametrize("noted", ["[]", "7", "{", '"x"', "null"])
 def test_metadata_may_be_anything(make_palm, tmp_path, noted):
     save_file(make_palm().norm.state_dict(), tmp_path / "palm.safetensors", {CONFIG: noted})
@@ -359,6 +402,16 @@ def test_sizes_without_the_weights_for_them_take_no_memory(cohere):
     (cohere / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
     with pytest.raises(ValueError, match=r"embed_tokens.weight \(is \(17, 24\), should be \(1000000000000, 24\)\)"):
         PaLM.from_pretrained(cohere)
+    (cohere / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="says that there are 1000000000 layers, but holds 18 tensors"):
+        PaLM.from_pretrained(cohere)
+
+
+def test_a_layer_of_any_number_is_left_over(make_palm, tmp_path):
+    state = make_palm().state_dict()
+    torch.save({k.replace("layers.1.", f"layers.{10**9}."): t for k, t in state.items()}, tmp_path / "palm.pt")
+    with pytest.raises(ValueError, match=r"missing: layers.1\.\S+, .*; left over: layers.1000000000\."):
+        PaLM.from_pretrained(tmp_path / "palm.pt")
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):
@@ -417,7 +470,9 @@ def test_directories_of_something_else_say_what_they_are(make_palm, tmp_path):
     good = dict(model_type="cohere", vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
     refused(FileNotFoundError, "there is no weights file", **good, intermediate_size=8, rope_theta=1.0)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    refused(FileNotFoundError, "there is no weights file")
+    refused(FileNotFoundError, r"there is no weights file .*; pickles \(.bin\) are not read")
+    refused(ValueError, r"holds a model of type \['cohere'\]", **good | {"model_type": ["cohere"]})
+    (tmp_path / "config.json").write_text(json.dumps(good))
     for text, said in (("{", "is not JSON"), ("[1]", "must hold a JSON object, got list"), ("[" * 10**5, "not JSON")):
         (tmp_path / "config.json").write_text(text)
         refused(ValueError, said)
@@ -455,6 +510,12 @@ def test_reward_models_come_and_go(make_palm, tmp_path, keywords, half):
         assert torch.equal(again.score(X, mask), model.score(X, mask))
         again.save_pretrained(tmp_path / f"{i + 1}", tokenizer=load_tokenizer(tmp_path / "0"))
         assert contents(tmp_path / f"{i + 1}") == contents(tmp_path / "0")
+    own = [model.prompt_embed, model.bin_values, *model.to_pred.parameters()]
+    assert {t.dtype for t in own} == {torch.float32}
+    again = RewardModel.from_pretrained(tmp_path / "0")
+    again.save_pretrained(tmp_path / "alone")  # special ids come along without their tokenizer
+    for file in ("config.json", "reward.safetensors"):
+        assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "0" / file).read_bytes()
     if half:
         return
     assert RewardModel.from_pretrained(tmp_path / "0", dtype="bfloat16").palm.token_emb.weight.dtype == torch.bfloat16

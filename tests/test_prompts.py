@@ -54,6 +54,14 @@ def test_only_newlines_end_a_line(tmp_path):
     assert seen == ["one\u2028still one", "two\x0cstill two"]
 
 
+def test_messages_are_prompts_too():
+    tokenizer, talk = chat_tokenizer(), [user("a"), assistant("b"), user("c")]
+    found = Prompts.gather([talk, "plain"], None, None, tokenizer)
+    assert found.ids.tolist() == Prompts.gather([Conversation(talk), "plain"], None, None, tokenizer).ids.tolist()
+    with pytest.raises(ValueError, match="expected a conversation whose last message before the answer is the user's"):
+        Prompts.gather([talk[:2]], None, None, tokenizer)
+
+
 def test_a_tokenizers_own_padding_is_padding():
     prompts = Prompts.gather(["abc", "d"], None, None, ByteTokenizer(), pad_value=7)
     assert prompts.pad_value == ByteTokenizer.pad_id and prompts.lengths.tolist() == [4, 2]
