@@ -95,8 +95,8 @@ def peak(of: Mapping[str, float]) -> float:
 
 
 def copies(sizes: Mapping[str, Any]) -> float:
-    """The weights four times over in bf16, as where policy, critic, reference and reward model are models apart."""
-    return 4 * bytes_of(*new_palm(sizes, "meta", torch.bfloat16).palm_parameters())
+    """The weights three times over in bf16, as where policy, critic and reference are models apart."""
+    return 3 * bytes_of(*new_palm(sizes, "meta", torch.bfloat16).palm_parameters())
 
 
 def measured(sizes: Mapping[str, Any], plan: Plan, device: str, dtype: torch.dtype = torch.bfloat16) -> float:
@@ -129,7 +129,8 @@ def rows_of(sizes: Mapping[str, Any], plan: Plan) -> list[dict[str, str]]:
     of = parts(sizes, plan)
     rows = [{"part": name, "GB": f"{size / GB:.2f}"} for name, size in of.items()]
     rows.append({"part": "**at most at once** (a rollout and a step take turns)", "GB": f"**{peak(of) / GB:.1f}**"})
-    return [*rows, {"part": "four models instead of one trunk: their weights alone", "GB": f"{copies(sizes) / GB:.1f}"}]
+    three = {"part": "policy, critic and reference as three models: weights alone"}
+    return [*rows, {**three, "GB": f"{copies(sizes) / GB:.1f}"}]
 
 
 def longest(sizes: Mapping[str, Any], plan: Plan, room: float) -> int:

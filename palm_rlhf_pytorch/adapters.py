@@ -97,7 +97,10 @@ def options_of(config: dict[str, Any]) -> LoraOptions:
     r, alpha = config.get("r"), config.get("lora_alpha", 8)
     if type(r) is not int or type(alpha) not in (int, float) or r < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"{CONFIG_FILE} says r={r!r} and lora_alpha={alpha!r}: numbers above 0 are needed")
-    return LoraOptions(r, alpha, bool(config.get("use_rslora")))
+    rslora = config.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise ValueError(f"{CONFIG_FILE} says use_rslora={rslora!r}: true or false is needed")
+    return LoraOptions(r, alpha, rslora)
 
 
 def slots_of(palm: PaLM, scope: str) -> dict[str, Slot]:

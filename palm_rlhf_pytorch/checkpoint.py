@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ def read_weights(
 ) -> tuple[OrderedDict[str, Tensor], dict | None]:
     """A .safetensors or .pt file -> tensors by name, and the constructor's keywords if ours wrote it.
 
-    With only_config no tensor of a safetensors file is read. mapped: those of a .pt file are read when they are used.
+    With only_config no tensor of a safetensors file is read. mapped: those of a .pt file are read when they are used,
+    and `check_sums` is the caller's business.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,12 +78,23 @@ def read_weights(
             names = () if only_config else file.keys()
             return OrderedDict((name, file.get_tensor(name)) for name in names), noted_in(path, file.metadata())
     try:
+        if not mapped:
+            check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # broken bytes make torch.load raise nearly anything: KeyError, IndexError, OSError
         raise refusal(path, error) from None
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{str(path)!r} holds {type(state).__name__}, a state dict of tensors is needed")
     return state, None
+
+
+def check_sums(path: Path) -> None:
+    """Refuse a .pt file whose bytes are not those that were written: it is a zip file, and torch checks no sums."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} has another checksum than when it was written")
 
 
 def open_safetensors(path: Path) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf_pytorch.checkpoint import open_safetensors, read_weights
+from palm_rlhf_pytorch.checkpoint import check_sums, open_safetensors, read_weights, refusal
 
 PIECE = 2**24  # bytes read at once, which is all that loading holds beside the model
 # what weights are; anything narrower is quantised, and of another worth than its numbers
@@ -93,6 +93,11 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path, self.mapped, self.touched = path, zipfile.is_zipfile(path), 0
+        if self.mapped:
+            try:
+                check_sums(path)
+            except Exception as error:  # as broken as bytes can be
+                raise refusal(path, error) from None
         self.state, _ = read_weights(path, mapped=self.mapped)
         self.shapes = {name: tuple(t.shape) for name, t in self.state.items()}
         self.version = getattr(self.state, "_metadata", {}).get("", {}).get("version", 1)

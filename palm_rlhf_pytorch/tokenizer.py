@@ -24,7 +24,8 @@ from palm_rlhf_pytorch.files import atomic_path, write_json
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 CONFIG_FILE = "tokenizer_config.json"
 BPE_FILE = "tokenizer.json"
-# where models on the hub say which ids end an answer, and which pad and begin it; the first file that says it counts
+# where models on the hub say which ids end an answer, and which pad and begin it: of pad and bos
+# the first file that says it counts, ends are those of both
 ID_FILES = ("generation_config.json", "config.json")
 ID_NAMES = ("eos_token_id", "pad_token_id", "bos_token_id")
 

@@ -103,6 +103,7 @@ def test_adapters_that_peft_made_are_taken_over(make_palm, tmp_path, targets, rs
         (dict(peft_type="IA3"), "peft_type='IA3': only 'LORA'"),
         (dict(r=0), "r=0"),
         (dict(r=True), "r=True"),
+        (dict(use_rslora="no"), "use_rslora='no'"),
         (dict(r=10**15), r"of another shape: \S+k_proj.lora_A.weight \(is \(3, 24\), should be \(1000000000000000, 24"),
         (dict(lora_alpha="8"), "lora_alpha='8'"),
         (dict(r=4), r"of another shape: \S+k_proj.lora_A.weight \(is \(3, 24\), should be \(4, 24\)\)"),

@@ -457,6 +457,18 @@ def test_corrupt_renamed_and_pickled_files_are_refused_and_nothing_runs(make_pal
     assert not trace.exists()
 
 
+def test_a_file_of_torch_with_one_byte_changed_is_refused(make_palm, tmp_path):
+    palm, path = make_palm(), tmp_path / "state.pt"
+    torch.save(palm.state_dict(), path)
+    data = bytearray(path.read_bytes())
+    place = data.index(palm.token_emb.weight.detach().numpy().tobytes())
+    data[place + 2] ^= 1
+    path.write_bytes(data)
+    for load in (PaLM.from_pretrained, palm.load):
+        with pytest.raises(ValueError, match="another checksum than when it was written"):
+            load(path)
+
+
 def test_directories_of_something_else_say_what_they_are(make_palm, tmp_path):
     def refused(error, said, **config):
         if config:
