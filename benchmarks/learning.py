@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import preferences
 import torch
-from learning_tasks import TASKS, learn
+from learning_tasks import TASKS, for_algorithm, learn
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.algorithms import ALGORITHMS
@@ -46,15 +46,16 @@ class Run(NamedTuple):
     def of(cls, row: Row) -> Run:
         return cls(*(row[name] for name in cls._fields))
 
-    def go(self, changes: dict[str, Any], epochs: int) -> Row:
+    def go(self, changes: dict[str, Any]) -> Row:
         torch.set_num_threads(1)
         started = time.perf_counter()
         if self.task == PAIRS:
             accuracies, points = preferences.run(self.seed, 0.5 if self.shuffled else preferences.FLIPS)
             found = {**accuracies, "points": [asdict(point) for point in points]}
         else:
-            found = learn(replace(TASKS[self.task](), **changes), self.algorithm, self.seed, self.shuffled, epochs)
-        return {**self._asdict(), **changes, **found, "seconds": round(time.perf_counter() - started)}
+            task = for_algorithm(TASKS[self.task](), self.algorithm)
+            found = learn(replace(task, **changes), self.algorithm, self.seed, self.shuffled)
+        return {**self._asdict(), "changes": changes, **found, "seconds": round(time.perf_counter() - started)}
 
 
 def wanted(options: argparse.Namespace) -> list[Run]:
@@ -72,14 +73,11 @@ def rows_of(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def run_all(runs: list[Run], options: argparse.Namespace) -> None:
+def run_all(runs: list[Run], changes: dict[str, Any], options: argparse.Namespace) -> None:
     """Each on one core, each a line of the file."""
-    changes = {
-        name: getattr(options, name) for name in ("updates", "lr", "batch") if getattr(options, name) is not None
-    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.jobs) as pool, options.out.open("a") as file:
-        futures = [pool.submit(run.go, changes, options.epochs) for run in runs]
+        futures = [pool.submit(run.go, changes) for run in runs]
         for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=None):
             file.write(json.dumps(future.result()) + "\n")
             file.flush()
@@ -177,18 +175,23 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="instead of each task's own number")
     parser.add_argument("--lr", type=float, help="learning rate, instead of each task's own")
     parser.add_argument("--batch", type=int, help="prompts an update, instead of each task's own number")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over a batch (default: 4)")
+    parser.add_argument("--epochs", type=int, help="passes over a batch, instead of each task's own number")
     parser.add_argument("--no-control", action="store_true", help="without shuffled rewards")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"), help="(default: runs/learning.jsonl)")
     parser.add_argument("--plot", type=Path, help="where to draw the curves (.png)")
     options = parser.parse_args()
+    given = {name: getattr(options, name) for name in ("updates", "lr", "batch", "epochs")}
+    changes = {name: value for name, value in given.items() if value is not None}
     asked = wanted(options)
-    done = {Run.of(row) for row in rows_of(options.out)}
-    run_all([run for run in asked if run not in done], options)
-    rows = sorted(
-        (row for row in rows_of(options.out) if Run.of(row) in asked), key=lambda row: asked.index(Run.of(row))
-    )
+
+    def done() -> dict[Run, Row]:
+        return {Run.of(row): row for row in rows_of(options.out) if row["changes"] == changes}
+
+    there = done()
+    run_all([run for run in asked if run not in there], changes, options)
+    there = done()
+    rows = [there[run] for run in asked]
     by_task = [row for row in rows if row["task"] != PAIRS]
     if by_task:
         print_tasks(by_task)

@@ -2,10 +2,10 @@
 
     python examples/arithmetic.py --seed 0
 
-A PaLM reads sums like `37+85=122` for a while, until it solves some; then it practises on problems alone, with a reward
-of 1 for a right answer. A tenth of all problems is held out from both. Prints the share of these that it solves, before
-and after, and leaves metrics.jsonl and report.json in --out. The defaults are a start: they were not yet seen to end
-above 80 %.
+A PaLM reads sums like `37+85=122` for a while, until it solves some; then it practises on problems alone. Code rewards
+its answers: 1 where they are right, and up to a half for the digits that are. A tenth of all problems is held out from
+both. Prints the share of these that sampled answers solve, before and after, and leaves metrics.jsonl and report.json
+in --out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 LONGEST = 12  # tokens of bos, "99+99=", "198" and eos, and one to spare
+LR, WARMUP = 3.5e-4, 20  # of GRPO: rises over so many updates, then falls to a fifth
 
 
 def problems(seed: int) -> tuple[list[str], list[str]]:
@@ -42,8 +43,14 @@ def answer(problem: str) -> str:
 
 
 def correct(prompts: list[str], responses: list[str]) -> list[float]:
-    """The reward: 1 for the right number and nothing else."""
+    """1 for the right number and nothing else."""
     return [float(r == answer(p)) for p, r in zip(prompts, responses, strict=True)]
+
+
+def digits(prompts: list[str], responses: list[str]) -> list[float]:
+    """The share of right digits, 0 where there are more or fewer than there should be."""
+    pairs = [(answer(p), r) for p, r in zip(prompts, responses, strict=True)]
+    return [(len(a) == len(r)) * sum(x == y for x, y in zip(a, r, strict=False)) / len(a) for a, r in pairs]
 
 
 def encoded(texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/arithmetic"))
     parser.add_argument("--pretrain-steps", type=int, default=600)
-    parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--updates", type=int, default=750)
     parser.add_argument("--dim", type=int, default=128)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -91,13 +98,13 @@ def main() -> None:
     ids, _ = encoded(learnt)
     trainer = RLHFTrainer(
         palm=palm,
-        reward_model=correct,
+        reward_model={"correct": correct, "digits": (digits, 0.5)},
         prompt_token_ids=ids,
         pad_value=TOKENIZER.pad_id,
         tokenizer=TOKENIZER,
         grpo_num_times_sample_rewards=8,
         actor_lora=False,
-        actor_lr=3e-4,
+        actor_lr=LR,
         kl_div_loss_weight=0.0,
         beta_s=0.0,
         minibatch_size=256,
@@ -107,7 +114,13 @@ def main() -> None:
         metrics_path=options.out / "metrics.jsonl",
         accelerate_kwargs={"cpu": True},
     )
-    trainer.train(options.updates, 128, 128, 128, LONGEST, TOKENIZER.eos_id)
+
+    def schedule(_: object) -> None:
+        done = trainer.step / options.updates
+        trainer.optimizer.param_groups[0]["lr"] = LR * min(trainer.step / WARMUP, 1 - 0.8 * done)
+
+    trainer.optimizer.param_groups[0]["lr"] = LR / WARMUP
+    trainer.train(options.updates, 128, 128, 128, LONGEST, TOKENIZER.eos_id, on_update=schedule)
     after = solved(trainer.merged_policy(), held_out)
     minutes = (time.perf_counter() - started) / 60
     print(f"after GRPO: {after:.1%} solved; {minutes:.1f} minutes in all")
