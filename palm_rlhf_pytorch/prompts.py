@@ -18,14 +18,14 @@ from palm_rlhf_pytorch.tokenizer import Tokenizer
 class Prompts:
     """Token ids (p, n), padded on the right with `pad_value`; only trailing padding is taken off a prompt.
 
-    Drawn without repeats until all have been seen, then in a new order.
+    Drawn without repeats until all have been seen, then in a new order. texts: what they were given as, if as text.
     """
 
-    def __init__(self, ids: Tensor, pad_value: int = 0):
+    def __init__(self, ids: Tensor, pad_value: int = 0, texts: Sequence[str] = ()):
         ids = torch.as_tensor(ids)
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(f"prompt token ids (prompts, n) are needed, got shape {tuple(ids.shape)}")
-        self.ids, self.pad_value = ids.cpu(), pad_value
+        self.ids, self.pad_value, self.texts = ids.cpu(), pad_value, texts
         places = torch.arange(1, ids.shape[1] + 1)
         self.lengths = (places * (self.ids != pad_value)).amax(dim=-1)
         self.queue = torch.empty(0, dtype=torch.long)
@@ -63,7 +63,7 @@ class Prompts:
             raise ValueError("prompts of text need a tokenizer: a function from list[str] to token ids (b, n)")
         if isinstance(tokenizer, Tokenizer):
             ids, _ = pad_sequences([encode_prompt(tokenizer, prompt) for prompt in prompts], tokenizer.pad_id)
-            return cls(ids, tokenizer.pad_id)
+            return cls(ids, tokenizer.pad_id, prompts)
         ids = tokenizer(list(prompts))
         try:
             ids = torch.as_tensor(ids)

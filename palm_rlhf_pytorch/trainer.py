@@ -28,7 +28,7 @@ from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.ops import masked_mean, token_shares
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.process_reward import ProcessReward
-from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.prompts import Prompts, Remembered
 from palm_rlhf_pytorch.rollout import REWARD, Reward, RolloutOptions, Scorer, roll_out
 from palm_rlhf_pytorch.state import fingerprint, load_state, save_state
 
@@ -126,7 +126,8 @@ class OnPolicyTrainer:
         )
         self.prompts = prompts
         self.prompts.check(actor_critic.actor_palm.num_tokens)
-        self.scorer = Scorer(reward, tokenizer, reward_over)
+        self.tokenizer = tokenizer
+        self.scorer = Scorer(reward, Remembered(tokenizer, prompts.texts) if prompts.texts else tokenizer, reward_over)
         self.scorer.check(actor_critic.actor_palm.num_tokens)
         for model in self.scorer.models:
             model.to(self.accelerate.device).eval()
@@ -411,7 +412,7 @@ class OnPolicyTrainer:
         Further keywords go to `PaLM.generate`.
         """
         if isinstance(prompt, str):
-            prompt = Prompts.gather([prompt], None, None, self.scorer.tokenizer).ids[0]
+            prompt = Prompts.gather([prompt], None, None, self.tokenizer).ids[0]
         prompt = torch.as_tensor(prompt)
         if prompt.ndim != 1:
             raise ValueError(f"one prompt (n,) is needed, got shape {tuple(prompt.shape)}")

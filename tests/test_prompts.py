@@ -3,6 +3,7 @@ import torch
 from chat import assistant, chat_tokenizer, user
 from tiny import PROMPTS, tiny_trainer
 
+from palm_rlhf_pytorch import PaLM, RLHFTrainer
 from palm_rlhf_pytorch.batches import encode_prompt
 from palm_rlhf_pytorch.conversation import Conversation
 from palm_rlhf_pytorch.prompts import Prompts, Remembered
@@ -136,3 +137,18 @@ def test_prompts_are_remembered_with_their_roles():
     assert remembered.decode(encode_prompt(tokenizer, talk)) is talk
     assert remembered.decode(encode_prompt(tokenizer, "plain <b>")) == "plain <b>"
     assert remembered.decode(tokenizer.encode("c") + [tokenizer.eos_id]) == "c"
+
+
+def test_a_reward_sees_the_prompts_that_the_trainer_was_given():
+    tokenizer, seen = chat_tokenizer(), []
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+    def reward(prompts, responses):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    palm = PaLM(num_tokens=tokenizer.num_tokens, dim=8, depth=1, heads=1, dim_head=8)
+    trainer = RLHFTrainer(palm=palm, reward_model=reward, prompts=[talk], tokenizer=tokenizer, critic_num_pred_bins=1)
+    trainer.train(1, 2, 2, 2, 40)
+    assert [message.content for message in seen[0].messages] == ["a", "b", "c"]
+    assert isinstance(trainer.generate(40, prompt="plain", num_samples=2), torch.Tensor)
