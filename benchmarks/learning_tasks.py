@@ -70,7 +70,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 # what differs from the defaults: no KL where the start is not worth keeping
-NO_KL = {name: {"kl": 0.0} for name in ("ppo", "grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline")}
+NO_KL = {name: {"kl": 0.0} for name in ("ppo", "grpo", "spo", "rloo", "reinforce_pp", "reinforce_pp_baseline")}
 SETTINGS: dict[str, dict[str, Any]] = {
     **NO_KL,
     "gspo": {"eps_clip": 0.2, "eps_clip_high": 0.27},  # the paper's 4e-4 is for answers of thousands of tokens

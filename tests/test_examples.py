@@ -66,3 +66,16 @@ def test_the_memory_script_counts_bytes():
     # ids 8, two masks 1 + 1, five floats of 4 bytes a token; score 4, finished 1, group 8 a sequence
     assert script.experience_of(10, 7, "cpu").nbytes == 10 * 7 * (8 + 2 + 20) + 10 * (4 + 1 + 8)
     assert script.experience_of(10, 7, "meta").nbytes == script.experience_of(10, 7, "cpu").nbytes
+
+
+def test_arithmetic_checks_answers_and_runs(tmp_path, monkeypatch, capsys):
+    script = load_script(ROOT / "examples" / "arithmetic.py")
+    learnt, held_out = script.problems(0)
+    assert len(set(learnt) | set(held_out)) == 10_000 and len(held_out) == 1000
+    prompts, answers = ["37+85="] * 5, ["122", "123", "22", "1222", ""]
+    assert script.correct(prompts, answers) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert script.digits(prompts, answers) == pytest.approx([1.0, 2 / 3, 0.0, 0.0, 0.0])
+    monkeypatch.setattr("sys.argv", ["arithmetic.py", "--start", "0", "--updates", "2", "--out", str(tmp_path)])
+    script.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.json"}
+    assert "after GRPO" in capsys.readouterr().out
