@@ -125,7 +125,7 @@ def best_of(n: int, texts: list[str], truth: TrueReward, proxy: TextReward) -> P
 def by_dpo(reference: PaLM, pairs: list[Pair], beta: float, seed: int) -> PaLM:
     palm = deepcopy(reference)
     tuning = TuningOptions(lora=False, max_len=ROOM, batch_size=128, seed=seed)
-    fit = FitOptions(steps=EPOCHS * len(pairs) // 128, lr=5e-4, warmup=10, weight_decay=0.0)
+    fit = FitOptions(steps=EPOCHS * len(pairs) // 128, lr=2e-4, warmup=10, weight_decay=0.0)
     train_on_answers(palm, pairs, [], TOKENIZER, tuning, fit, objective=DPO(beta=beta))
     return palm
 
