@@ -423,8 +423,10 @@ def rules(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["grpo --kl 0.1", "ppo", "flowrl --z-hidden 8", "tpo --no-lora", "dapo --overlong-buffer 4"]
-)
+    "algorithm",
+    ["grpo --kl 0.1", "ppo", "flowrl --z-hidden 8", "tpo --no-lora", "dapo --overlong-buffer 4",
+     "rloo --process-reward implicit --process-threshold -20", "grpo --process-reward {reward}"],
+)  # fmt: skip
 def test_a_resumed_rl_equals_an_uninterrupted_one(files, rules, tmp_path, monkeypatch, algorithm):
     samples = "" if algorithm == "ppo" else "--samples-per-prompt 2"
     command = f"rl --model {{model}} --reward {{rules}}:short {{reward}} --prompts {{prompts}} --out {{out}} {RL}"
@@ -448,9 +450,12 @@ def test_a_resumed_rl_equals_an_uninterrupted_one(files, rules, tmp_path, monkey
     assert run("rl --resume --out {out}", out=tmp_path / "parts") == 0
     assert_same_weights(tmp_path / "whole" / "model.safetensors", tmp_path / "parts" / "model.safetensors")
     assert run("generate --model {out} --prompt the --max-new-tokens 3", out=tmp_path / "whole") == 0
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert all(("prm_loss" in row) == ("implicit" in algorithm) for row in rows)
+    assert all(("process_reward" in row) == ("process" in algorithm) for row in rows)
     if "overlong" in algorithm:  # whose penalty is taken from the sum
         return
-    for row in read_metrics(tmp_path / "whole" / "metrics.jsonl"):  # the mean of both
+    for row in rows:  # the mean of both
         assert row["reward"] == pytest.approx((row["reward/short"] + row["reward/model"]) / 2, abs=1e-5)
 
 
@@ -466,6 +471,16 @@ def test_a_rule_that_is_not_there(files, rules, tmp_path, capsys, reward, messag
     command = f"rl --model {{model}} --reward {reward} --prompts {{prompts}} --out {{out}}"
     assert run(command, **files, rules=rules, out=tmp_path / "rl") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_process_reward_of_other_tokens_is_refused(files, tmp_path, capsys):
+    other = {**files, "bpe": tmp_path / "bpe", "out": tmp_path / "rl"}
+    bpe = f"--tokenizer bpe --vocab-size 270 {MODEL} {REWARD}"
+    assert run("reward --data {rated} --out {bpe} " + bpe, **other) == 0
+    line = "rl --model {model} --reward {reward} --process-reward {bpe} --prompts {prompts} --out {out} " + RL
+    assert run(line, **other) == 2
+    assert "divides text into other tokens than the model" in capsys.readouterr().err
+    assert not other["out"].exists()
 
 
 def test_an_algorithm_shows_its_own_flags(capsys):

@@ -20,6 +20,7 @@ from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
 from palm_rlhf_pytorch.algorithms.ppo import PPO
 from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, open_model, text_reward
 from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
+from palm_rlhf_pytorch.cli.process import ProcessOptions
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 
@@ -49,7 +50,7 @@ def options_for(arguments: Sequence[str]) -> tuple[tuple[type, ...], dict[str, A
     early.add_argument("--algorithm", default=RLOptions.__dataclass_fields__["algorithm"].default)
     name = early.parse_known_args(list(arguments))[0].algorithm
     cls = algorithm_class(name)
-    return (RLOptions, cls.Options, RLLearning, PrecisionOptions, RunOptions), dict(cls.defaults)
+    return (RLOptions, cls.Options, RLLearning, ProcessOptions, PrecisionOptions, RunOptions), dict(cls.defaults)
 
 
 def rule(place: str) -> Callable[..., Any]:
@@ -81,13 +82,22 @@ def rewards(options: RLOptions, device: torch.device) -> Any:
     return {name: (member, weight / len(options.reward)) for name, (member, weight) in members.items()}
 
 
-def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOptions, where: RunOptions) -> Path:
+def run(
+    options: RLOptions,
+    own: Any,
+    learning: RLLearning,
+    process: ProcessOptions,
+    compute: PrecisionOptions,
+    where: RunOptions,
+) -> Path:
     directory, device = where.start(options.out, options.seed)
     palm, tokenizer = open_model(options.model, device, options.dtype)
     learning.ready(palm)
     reward = rewards(options, device)
     shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
-    log = directory.start("rl", where.resume, tokenizer, options=options, own=own, learning=learning, compute=compute)
+    process_reward = process.made(palm, shared["tokenizer"])
+    given = {"options": options, "own": own, "learning": learning, "process": process, "compute": compute}
+    log = directory.start("rl", where.resume, tokenizer, **given)
     cls = algorithm_class(options.algorithm)
     build = partial(cls, palm.dim) if cls is FlowRL else cls
     algorithm = build(own_optim={"lr": learning.own_lr}, **dataclasses.asdict(own))
@@ -97,6 +107,7 @@ def run(options: RLOptions, own: Any, learning: RLLearning, compute: PrecisionOp
         palm=palm,
         reward_model=reward,
         make_actor=critic if cls is PPO else Actor,
+        process_reward=process_reward,
         metrics_path=log.path,
         **shared,
     )
