@@ -77,6 +77,6 @@ def sample(
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct word n-grams over all word n-grams (Li et al., 1510.03055): low where texts repeat each other."""
+    """Distinct word n-grams over all of them: low where texts repeat. Li et al., 1510.03055, have all words below."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))

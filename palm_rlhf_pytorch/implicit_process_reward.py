@@ -22,7 +22,7 @@ def outcome_loss(totals: Tensor, labels: Tensor) -> Tensor:
 
 
 class ImplicitPRM(nn.Module):
-    """r_t = beta (log p_model(y_t) - log p_ref(y_t)), eq. 2. Without `ref_model` a frozen copy of `model` is kept."""
+    """r_t = beta (log p_model(y_t) - log p_ref(y_t)), eq. 3. Without `ref_model` a frozen copy of `model` is kept."""
 
     def __init__(self, model: PaLM, ref_model: PaLM | None = None, beta: float = 0.1):
         super().__init__()

@@ -85,8 +85,9 @@ class ProcessReward:
 class OnlineProcessReward(ProcessReward):
     """An `ImplicitPRM` that learns from the policy's rollouts: PRIME, 2502.01456, algorithm 1.
 
-    Before it gives a batch its rewards, one step on the cross-entropy of the outcome, which is right where the score
-    (penalties included) exceeds `threshold`. One reference for policy and rewards, the SFT model, is the paper's way.
+    Before it gives a batch its rewards (section 3.1's order), one step on the outcome's cross-entropy, which is right
+    where the score (penalties included) exceeds `threshold`. One reference for policy and rewards, the SFT model, is
+    the paper's way.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class ClippedRegression:
 
 @dataclass(frozen=True)
 class HLGauss:
-    """Cross-entropy against a Gaussian around the target, cut into bins (Farebrother et al., 2403.03950, eq. 3.4).
+    """Cross-entropy against a Gaussian around the target, cut into bins (Farebrother et al., 2403.03950, eq. 3.3).
 
     The first and last bin are worth min_value and max_value, so that both can be predicted; returns beyond are learned
     as these ends, so choose a range that holds them. sigma is the Gaussian's width, by default in widths of a bin.

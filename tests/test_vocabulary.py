@@ -67,6 +67,21 @@ def test_half_precision_s_logits_are_those_in_float32_whole():
     torch.testing.assert_close(vocabulary.linear_cross_entropy(embeds, weight, targets, ignore_index=3), expected)
 
 
+@pytest.mark.parametrize("half, error", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_whole_distributions_of_half_precision_weights_are_float32(half, error):
+    embeds, weight, by = torch.randn(9, 64).to(half), torch.randn(50, 64).mul(2).to(half), torch.randn(9, 50)
+    found = {}
+    for dtype in (half, torch.float32):
+        e, w = (t.to(dtype).requires_grad_() for t in (embeds, weight))
+        log_probs = vocabulary.all_log_probs(e, w, 0.7)
+        found[dtype] = log_probs, torch.autograd.grad((log_probs * by).sum(), (e, w))
+    (ours, gradients), (exact, exact_gradients) = found.values()
+    assert ours.dtype == torch.float32 and float(exact.detach().min()) < -15
+    torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-5)
+    for a, b in zip(gradients, exact_gradients, strict=True):
+        assert a.dtype == half and (a.float() - b).norm() < 2 * error * b.norm()
+
+
 @pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.25, 0.7)])
 def test_linear_log_probs_in_chunks_is_the_whole(monkeypatch, scale, temperature):
     embeds, weight = torch.randn(23, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)

@@ -21,7 +21,7 @@ class KTO:
 
     beta: float = option(0.1, "how much a log-ratio is worth")
     desirable_weight: float = option(
-        1.0, "weight of desirable responses; times their number best 1 to 1.33 times the same of the others", least=0
+        1.0, "weight of desirable responses; times their number best 1 to 1.5 times the same of the others", least=0
     )
     undesirable_weight: float = option(1.0, "weight of undesirable responses", least=0)
 

@@ -23,7 +23,7 @@ class PolicyGradientOptions:
     kl: float = option(0.0, "weight of the KL to the starting policy", least=0)
     kl_in: str = option("loss", "where it counts: k3 in the loss, or k1 in the reward", choices=("loss", "reward"))
     entropy: float = option(0.0, "weight of the entropy bonus")
-    entropy_advantage: float = option(0.0, "entropy's weight in advantages (0: none; the paper has 0.4)", least=0)
+    entropy_advantage: float = option(0.0, "entropy's weight in advantages (the paper: 0.4, for PPO 0.1)", least=0)
     entropy_kappa: float = option(2.0, "entropy adds at most the advantage's size over this", least=1)
     normalization: str = option("sequence", "what counts the same in the loss", choices=("sequence", "token"))
 

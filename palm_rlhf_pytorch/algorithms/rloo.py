@@ -8,7 +8,7 @@ from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, mean_of_oth
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.2."""
+    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.3."""
     return rewards - mean_of_others(rewards)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +19,7 @@ from palm_rlhf_pytorch.algorithms.groups import GroupOptions, GroupPolicyGradien
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import scatter_to_mask
-from palm_rlhf_pytorch.vocabulary import chunk_log_probs, chunks
+from palm_rlhf_pytorch.vocabulary import all_log_probs, chunks
 
 Weight = Callable[[Tensor], Tensor]  # f(p / q): 1 for none, min(r, 2) for truncated importance sampling, ...
 
@@ -70,15 +69,19 @@ def score_centering_loss(
     return -(advantages if advantages.ndim == 2 else advantages[:, None]) * score
 
 
+@torch.no_grad()
+def probs(embeds: Tensor, vocabulary: Tensor, scale: float) -> Tensor:
+    return all_log_probs(embeds, vocabulary, scale).exp()
+
+
 def centres(places: Predictions, weight_fn: Weight, distribution: Callable[..., tuple], *sampler: Tensor) -> Tensor:
     """`centre` at each place (m,), a chunk at a time, and each made anew for its backward pass. `distribution` turns a
     chunk's rows of `sampler` into q and ids.
     """
 
     def chunk(embeds: Tensor, vocabulary: Tensor, *rows: Tensor) -> Tensor:
-        logits = F.linear(embeds, vocabulary).float() * places.scale
         q, ids = distribution(*rows)
-        return centre(logits.log_softmax(dim=-1), q, weight_fn, ids)
+        return centre(all_log_probs(embeds, vocabulary, places.scale), q, weight_fn, ids)
 
     parts = chunks(places.weight, places.embeds, *sampler)
     return torch.cat([checkpoint(chunk, e, places.weight, *rows, use_reentrant=False) for e, *rows in parts])
@@ -110,7 +113,7 @@ class ScoreCentering(GroupPolicyGradient):
         if k is None or k >= len(places.weight):
             self._remember(places.weight)
             return experience.with_extra(sampler_embeds=scatter_to_mask(places.embeds, mask))
-        parts = (chunk_log_probs(e, places.weight, places.scale) for (e,) in chunks(places.weight, places.embeds))
+        parts = (all_log_probs(e, places.weight, places.scale) for (e,) in chunks(places.weight, places.embeds))
         log_q, ids = (torch.cat(column) for column in zip(*(part.topk(k) for part in parts), strict=True))
         return experience.with_extra(
             sampler_probs=scatter_to_mask(log_q.exp(), mask), sampler_ids=scatter_to_mask(ids, mask)
@@ -133,8 +136,6 @@ class ScoreCentering(GroupPolicyGradient):
         else:
             vocabulary = self._vocabulary[1]
             embeds = experience.extra["sampler_embeds"][mask]
-            means = centres(
-                places, self.weight_fn, lambda e: (chunk_log_probs(e, vocabulary, places.scale).exp(), None), embeds
-            )
+            means = centres(places, self.weight_fn, lambda e: (probs(e, vocabulary, places.scale), None), embeds)
         weight = self.weight_fn(log_ratio.detach().exp())
         return -advantages * (weight * policy.log_probs - scatter_to_mask(means, mask))

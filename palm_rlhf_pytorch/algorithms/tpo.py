@@ -25,18 +25,18 @@ class TPOOptions:
 
 
 def z_scores(rewards: Tensor, flat: float = 1e-6) -> Tensor:
-    """Rewards (groups, g) to mean 0 and population variance 1 in each group; 0 where all are equal."""
+    """Rewards (groups, g) to mean 0 and population variance 1 in each group; 0 where all are equal. Appendix A."""
     std = rewards.std(dim=-1, keepdim=True, correction=0)
     return torch.where(std > flat, centred(rewards) / std.clamp(min=flat), 0.0)
 
 
 def target_distribution(log_probs: Tensor, rewards: Tensor, eta: float) -> Tensor:
-    """q = softmax(log p_old + u / eta) over each group: log_probs of whole responses and rewards, all (groups, g)."""
+    """q = softmax(log p_old + u / eta) over each group, eq. 2: log_probs of whole responses and rewards (groups, g)."""
     return (log_probs.log_softmax(dim=-1) + z_scores(rewards) / eta).softmax(dim=-1)
 
 
 class TPO(Algorithm):
-    """-sum_i q_i log softmax_i(sum_t log p(y_i,t)), a mean over prompts: its gradient by log p(y_i) is p - q."""
+    """-sum_i q_i log softmax_i(sum_t log p(y_i,t)), a mean over prompts, eq. 3: its gradient by log p(y_i) is p - q."""
 
     Options = TPOOptions
     normalization = "sequence"
