@@ -96,12 +96,22 @@ def mean_of(values: Iterable[float]) -> str:
 
 
 def print_tasks(rows: list[Row]) -> None:
-    print("| task | algorithm | before | after: mean (of seeds) | shuffled rewards |")
+    print("| task | algorithm | right before | right after: mean (of seeds) | with shuffled rewards |")
     print("| --- | --- | --- | --- | --- |")
     for (task, algorithm), some in grouped(rows).items():
         before = statistics.mean(row["before"] for row in some)
         after, control = (mean_of(r["after"] for r in some if r["shuffled"] is shuffled) for shuffled in (False, True))
         print(f"| {task} | {algorithm} | {before:.3f} | {after} | {control} |")
+    with_modes = [row for row in rows if row["modes"][1] is not None]
+    if with_modes:
+        print("\n| task | algorithm | modes before | modes after: mean (of seeds) | with shuffled rewards |")
+        print("| --- | --- | --- | --- | --- |")
+    for (task, algorithm), some in grouped(with_modes).items():
+        before = statistics.mean(row["modes"][0] for row in some)
+        after, control = (
+            mean_of(r["modes"][1] for r in some if r["shuffled"] is shuffled) for shuffled in (False, True)
+        )
+        print(f"| {task} | {algorithm} | {before:.2f} | {after} | {control} |")
 
 
 def print_pairs(rows: list[Row]) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import PaLM
-from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithms import algorithm_class
 from palm_rlhf_pytorch.prompts import Prompts
@@ -48,10 +47,15 @@ def forced() -> Task:
 
 
 def reversal(length: int) -> Task:
-    """All prompts of `length` tokens out of two, behind one that marks the start: rotary angles alone tell no place."""
+    """All prompts of `length` tokens out of two, to be answered in reverse. There are four tokens: 2 stands before
+    every prompt, because rotary angles alone tell no place, and answers are read by parity, so that a random one is
+    right one time in 2^length, as in the paper.
+    """
     prompts = torch.tensor([(2, *tokens) for tokens in product((0, 1), repeat=length)])
-    right = lambda p, r: torch.equal(r, p[1:].flip(0))  # noqa: E731
-    return Task(f"reversal {length}", 3, prompts, length, right, updates=400, lr=1e-3, batch=128)
+    right = lambda p, r: torch.equal(r % 2, p[1:].flip(0))  # noqa: E731
+    return Task(
+        f"reversal {length}", 4, prompts, length, right, updates=100 * (length - 2), lr=3e-3, batch=100, epochs=1
+    )
 
 
 MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])
@@ -83,7 +87,10 @@ IN_REVERSAL: dict[str, dict[str, Any]] = {
     "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.02},
     "grpo": {"kl": 0.04},
 }
-REVERSAL_RUNS: dict[str, dict[str, Any]] = {"tpo": {"lr": 3e-3, "updates": 700, "epochs": 1}}
+REVERSAL_RUNS: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "ppo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 3 // 5},
+    "tpo": lambda task: {"updates": task.updates * 7 // 5},
+}
 
 
 def options_of(task: Task, algorithm: str) -> dict[str, Any]:
@@ -98,8 +105,10 @@ def is_reversal(task: Task) -> bool:
 
 
 def for_algorithm(task: Task, algorithm: str) -> Task:
-    """The task with as many updates as this algorithm needs."""
-    return replace(task, **REVERSAL_RUNS.get(algorithm, {})) if is_reversal(task) else task
+    """The task as this algorithm takes it."""
+    if not is_reversal(task) or algorithm not in REVERSAL_RUNS:
+        return task
+    return replace(task, **REVERSAL_RUNS[algorithm](task))
 
 
 class Shuffled:
@@ -119,9 +128,10 @@ def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
     sizes = {"dim": task.dim, "depth": task.depth, "heads": 2, "dim_head": 32, "ff_mult": 8 / 3}
     palm = PaLM(num_tokens=task.tokens, flash_attn=True, **sizes)  # as many weights as a plain feedforward times 4
     options = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}, **options_of(task, name)}
-    cls = algorithm_class(name)
-    algorithm = cls(palm.dim, **options) if name == "flowrl" else cls(**options)
-    make = partial(ActorCritic, critic_lora=False, critic_dim_out=1) if name == "ppo" else Actor
+    algorithm = algorithm_class(name).for_policy(palm, **options)
+    make = algorithm.actor_class
+    if issubclass(make, ActorCritic):
+        make = partial(make, critic_lora=False, critic_dim_out=1)
     return OnPolicyTrainer(
         make(palm, actor_lora=False),
         algorithm,
@@ -134,9 +144,9 @@ def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
 
 
 @torch.no_grad()
-def measured(task: Task, trainer: OnPolicyTrainer, count: int = 4096) -> float:
-    """Of freshly sampled answers: the share that is right; of modes, e^entropy of the right ones (4 at best, 1 when
-    one is left, 0 when none is right).
+def measured(task: Task, trainer: OnPolicyTrainer, count: int = 4096) -> tuple[float, float | None]:
+    """Of freshly sampled answers the share that is right; and where there are modes, e^entropy of the right ones: 4
+    where all are as frequent, 1 where one is left, 0 where none is right.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = task.prompts[torch.randint(len(task.prompts), (count,), generator=generator)]
@@ -144,16 +154,17 @@ def measured(task: Task, trainer: OnPolicyTrainer, count: int = 4096) -> float:
     answers = trainer.palm.generate(
         prompts.shape[1] + task.length, prompts, filter_logits_fn=None, finetune_scope=scope
     )
+    right = float(task.reward(list(prompts), list(answers)).mean())
     if task.modes is None:
-        return float(task.reward(list(prompts), list(answers)).mean())
+        return right, None
     counts = (answers[:, None] == task.modes).all(dim=-1).sum(dim=0).double()
-    return float(torch.special.entr(counts / counts.sum()).sum().exp()) if counts.sum() else 0.0
+    return right, float(torch.special.entr(counts / counts.sum()).sum().exp()) if counts.sum() else 0.0
 
 
 def learn(task: Task, name: str, seed: int, shuffled: bool) -> dict[str, Any]:
-    """-> the measure before and after, and the reward of each update. The learning rate falls to 0 along a line."""
+    """-> what was `measured` before and after, and each update's reward. The learning rate falls to 0 along a line."""
     trainer = build(task, name, seed, shuffled)
-    before = measured(task, trainer)
+    before, modes_before = measured(task, trainer)
     full = [group["lr"] for group in trainer.optimizer.param_groups]
 
     def decay(_: object) -> None:
@@ -164,4 +175,5 @@ def learn(task: Task, name: str, seed: int, shuffled: bool) -> dict[str, Any]:
     total = task.prompts.shape[1] + task.length
     trainer.train(task.updates, prompts, prompts, prompts, total, on_update=decay)
     rewards = [round(row["reward"], 4) for row in trainer.history]
-    return {"before": before, "after": measured(task, trainer), "rewards": rewards}
+    after, modes_after = measured(task, trainer)
+    return {"before": before, "after": after, "modes": [modes_before, modes_after], "rewards": rewards}

@@ -120,14 +120,21 @@ def made_causal(palm: PaLM, role: str) -> PaLM:
 
 
 def adapt(palm: PaLM, lora: bool, scope: str, r: int) -> str | None:
-    """Ready a PaLM for training: adapters on a frozen trunk, or the whole. Returns the scope, None for the whole."""
+    """Ready a PaLM for training: new adapters on a frozen trunk, or the whole. Returns the scope, None for the whole.
+
+    Raises ValueError where the scope has adapters already, of an earlier trainer: they are no start to measure from.
+    """
     if not lora:
         palm.requires_grad_(True)
         return None
+    if scope in palm.finetune_modules:
+        raise ValueError(
+            f"the palm has adapters {scope!r} of an earlier training: palm.merge_finetune_params({scope!r}) goes on "
+            f"from there, palm.remove_finetune_params({scope!r}) starts again"
+        )
     for parameter in palm.palm_parameters():
         parameter.requires_grad_(False)
-    if scope not in palm.finetune_modules:
-        palm.add_finetune_params(scope, r)
+    palm.add_finetune_params(scope, r)
     return scope
 
 

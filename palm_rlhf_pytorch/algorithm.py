@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.actor import Actor, PolicyOutput
 from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.flags import checked
+from palm_rlhf_pytorch.palm import PaLM
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # by token (b, n) or by sequence (b,), and numbers of the same shapes
 
@@ -38,11 +40,13 @@ class Algorithm(nn.Module):
     Options: ClassVar[type] = NoOptions
     defaults: ClassVar[dict[str, Any]] = {}
 
+    actor_class: ClassVar[type[Actor]] = Actor  # what it trains: an `ActorCritic` where it needs a critic
     samples_per_prompt: int = 1
     needs_reference: bool = False  # whether log-probs of the starting policy are wanted
     whole_groups: bool = False  # whether the loss compares samples of one prompt, which are then computed together
-    normalization: str | int = "token"  # what a token counts for in a minibatch's loss: see `ops.token_shares`
-    sampling_rounds: int = 1  # how often new prompts may take the place of those that `keep` refused
+    # what a token counts for in a minibatch's loss: see `ops.token_shares`; "constant": the room that responses have
+    normalization: str | int = "token"
+    sampling_rounds: int = 1  # how often prompts are drawn until `keep` has found enough
 
     def __init__(
         self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
@@ -50,17 +54,24 @@ class Algorithm(nn.Module):
         """Keywords of the optimiser for the policy, and for the algorithm's own parts; and any of `Options`."""
         super().__init__()
         self.actor_optim, self.own_optim = actor_optim or {}, own_optim or {}
-        self.options = self.Options(**{**self.defaults, **options})
+        self.options = checked(self.Options(**{**self.defaults, **options}))
         for name in ("samples_per_prompt", "normalization", "sampling_rounds"):
             if hasattr(self.options, name):
                 setattr(self, name, getattr(self.options, name))
+
+    @classmethod
+    def for_policy(cls, palm: PaLM, **options: Any) -> Algorithm:
+        """With own parts of the sizes that this policy asks for."""
+        return cls(**options)
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
         """Add what only the policy that sampled can tell (values, say), without gradient; called on small batches."""
         return experience
 
     def keep(self, experience: Experience) -> Tensor | None:
-        """Which rows (b,) bool are worth learning from, whole groups at a time; None: all."""
+        """Which rows (b,) bool are worth learning from, whole groups at a time; None: all. Others are drawn instead, up
+        to `sampling_rounds` times; where too few are found, those are learned from.
+        """
         return None
 
     def target(self, experience: Experience) -> Experience:

@@ -43,6 +43,16 @@ def encode_response(tokenizer: Tokenizer, prompt: str, response: str, max_len: i
     return (prompt_ids[-kept:] + response_ids)[:max_len], kept
 
 
+def encode_pair(tokenizer: Tokenizer, prompt: str, first: str, second: str, max_len: int) -> tuple[Row, Row]:
+    """Two responses to one prompt, each as `encode_response` has it; where one takes room from the prompt, both follow
+    what is left of it.
+    """
+    rows = [encode_response(tokenizer, prompt, response, max_len) for response in (first, second)]
+    kept = min(length for _, length in rows)
+    first_row, second_row = ((ids[length - kept :], kept) for ids, length in rows)
+    return first_row, second_row
+
+
 def _assistant_turn(tokenizer: Tokenizer, prompt: Conversation, prompt_ids: list[int], response: str) -> list[int]:
     """What the chat template writes behind the prompt for the assistant's response, up to the first eos.
 

@@ -54,12 +54,21 @@ class Experience:
         return cls(**own, extra=extra)
 
     def with_extra(self, **tensors: Tensor) -> Experience:
+        """With an algorithm's own (b,), (b, 1, ...) or (b, n, ...); of another width nothing would follow the rows."""
+        b, n = self.sequence.shape
+        for name, t in tensors.items():
+            if t.shape[:1] != (b,) or (t.ndim > 1 and t.shape[1] not in (1, n)):
+                shape = tuple(t.shape)
+                raise ValueError(
+                    f"an extra is ({b},), ({b}, 1, ...) or ({b}, {n}, ...), but {name!r} has shape {shape}"
+                )
         return replace(self, extra={**self.extra, **tensors})
 
     def __getitem__(self, rows: Tensor | slice) -> Experience:
         """The record of some rows, cut to the longest of them."""
         part = {name: t[rows] for name, t in self.tensors().items()}
-        longest = int((part["prompt_mask"] | part["response_mask"]).sum(dim=-1).amax())
+        lengths = (part["prompt_mask"] | part["response_mask"]).sum(dim=-1)
+        longest = int(lengths.amax()) if len(lengths) else 0
         return self.of({name: t[:, :longest] if t.ndim > 1 else t for name, t in part.items()})  # a 1 stays a 1
 
     def to(self, device: torch.device | str) -> Experience:

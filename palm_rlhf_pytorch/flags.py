@@ -25,6 +25,19 @@ def required(help: str) -> Any:
     return dataclasses.field(metadata={"help": help})
 
 
+def checked(options: T) -> T:
+    """The dataclass, or a ValueError where a field holds what its flag would refuse."""
+    for field in dataclasses.fields(options):
+        value, least, choices = (getattr(options, field.name), *(field.metadata.get(k) for k in ("least", "choices")))
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ValueError(f"{field.name} is one of {', '.join(choices)}, got {value!r}")
+        if least is not None and not value >= least:
+            raise ValueError(f"{field.name} must be {least} or more, got {value}")
+    return options
+
+
 def add_flags(parser: argparse.ArgumentParser, *classes: type, defaults: Mapping[str, Any] | None = None) -> None:
     """One flag for each field of the dataclasses, grouped by class; fields of the same name share one.
 

@@ -13,7 +13,7 @@ __all__ = ["FlowRL", "FlowRLTrainer", "PartitionFunction"]
 
 
 class FlowRLTrainer(KeywordTrainer):
-    """FlowRL on a PaLM, by these keywords and those of `KeywordTrainer`."""
+    """FlowRL on a PaLM, by these keywords and those of `KeywordTrainer`. The paper has no entropy bonus, beta_s."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class FlowRLTrainer(KeywordTrainer):
         flowrl_num_times_sample: int = 8,
         beta: float = 15.0,
         eps_clip: float = 0.2,
-        beta_s: float = 0.01,
+        beta_s: float = 0.0,
         kl_div_loss_weight: float | None = None,
         partition_function_hidden_dim: int = 768,
         partition_function_lr: float = 1e-4,
@@ -30,8 +30,8 @@ class FlowRLTrainer(KeywordTrainer):
     ):
         if kl_div_loss_weight is not None:
             warnings.warn("FlowRL's loss has the starting policy in it: kl_div_loss_weight does nothing", stacklevel=2)
-        algorithm = FlowRL(
-            palm.dim,
+        algorithm = FlowRL.for_policy(
+            palm,
             own_optim={"lr": partition_function_lr},
             samples_per_prompt=flowrl_num_times_sample,
             beta=beta,

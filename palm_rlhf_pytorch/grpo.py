@@ -55,20 +55,20 @@ class RLHFTrainer(KeywordTrainer):
                 raise ValueError(f"{name} exclude each other: take one")
         options = {
             "samples_per_prompt": grpo_num_times_sample_rewards,
-            "eps_clip": eps_clip,
             "entropy": beta_s,
             "kl": kl_div_loss_weight,
             "entropy_advantage": entropy_to_advantage_scale if add_entropy_to_advantage else 0.0,
             "entropy_kappa": entropy_to_advantage_kappa,
         }
         if use_dr_grpo:
-            compared = DrGRPO(max_response=dr_grpo_constant, **options)
+            compared = DrGRPO(max_response=dr_grpo_constant, eps_clip=eps_clip, **options)
         else:
-            compared = (MaxRL if use_max_rl else GRPO)(**options)
+            compared = (MaxRL if use_max_rl else GRPO)(eps_clip=eps_clip, **options)
         if use_score_centering:
             algorithm = ScoreCentering(topk=score_centering_topk, weight_fn=score_centering_weight_fn, **options)
             algorithm.advantage = compared.advantage
-            algorithm.normalization = dr_grpo_constant or algorithm.normalization
+            if use_dr_grpo:
+                algorithm.normalization = compared.normalization
         else:
             algorithm = compared
         if use_simple_policy_optimization:

@@ -27,7 +27,7 @@ class KeywordTrainer(OnPolicyTrainer):
     The keywords up to `accelerate_kwargs` are the reference's. Beyond them: actor_eps (Adam); optimizer_class;
     micro_batch_size (sequences computed at once); normalize_reward, missing_eos_penalty and overlong_buffer; kl_stop;
     reward_over ('text' or 'tokens'); process_reward (see `ProcessReward`); seed; metrics_path (a metrics.jsonl).
-    make_actor: what is made of palm and the actor's keywords.
+    make_actor: what is made of palm and the actor's keywords (None: the algorithm's `actor_class`).
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -65,7 +65,7 @@ class KeywordTrainer(OnPolicyTrainer):
         use_lion: bool | None = None,
         actor_eps: float = 1e-8,
         optimizer_class: Callable[..., Optimizer] = AdamW,
-        make_actor: Callable[..., Actor] = Actor,
+        make_actor: Callable[..., Actor] | None = None,
         micro_batch_size: int | None = None,
         normalize_reward: bool = False,
         kl_stop: float | None = None,
@@ -79,7 +79,9 @@ class KeywordTrainer(OnPolicyTrainer):
         )
         algorithm.own_optim = accepted(optimizer_class, **{**algorithm.actor_optim, **algorithm.own_optim})
         super().__init__(
-            make_actor(palm, actor_lora=actor_lora, actor_lora_r=actor_lora_r, actor_dropout=actor_dropout),
+            (make_actor or algorithm.actor_class)(
+                palm, actor_lora=actor_lora, actor_lora_r=actor_lora_r, actor_dropout=actor_dropout
+            ),
             algorithm,
             reward_model,
             Prompts.gather(prompts, prompts_path, prompt_token_ids, tokenizer, int(pad_value)),

@@ -34,13 +34,21 @@ def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 
 
+def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """e^d - d - 1, d = log p_ref - log p: a KL estimate that is never negative. GRPO, 2402.03300, eq. 4."""
+    d = ref_log_probs - log_probs
+    return torch.expm1(d) - d
+
+
 def token_shares(mask: Tensor, normalization: str | int = "token") -> Tensor:
     """What each True place of mask (b, n) counts for in a batch's loss -> (b, n) float32, 0 elsewhere.
 
     'token': all tokens the same. 'sequence': all sequences the same, and in each its tokens. A number L: each 1 / (b L)
-    (Dr. GRPO's constant, 2503.20783).
+    (Dr. GRPO's constant, 2503.20783, listing 1); "constant" takes the longest here for L.
     """
     shares = mask.float()
+    if normalization == "constant":
+        normalization = int(mask.sum(dim=-1).max())
     if normalization == "token":
         return shares / shares.sum().clamp(min=1)
     if normalization == "sequence":

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from palm_rlhf_pytorch.actor import made_causal
 from palm_rlhf_pytorch.batches import Row, bucketed_rows, collate
 from palm_rlhf_pytorch.checkpoint import read_weights, save_weights
 from palm_rlhf_pytorch.fine_tuning import TuningOptions, all_response_sums, fine_tune, response_sums
@@ -59,7 +60,7 @@ def train_on_answers(
     reference's log-probs. Keywords go to `fit`.
     """
     accelerator = accelerator or Accelerator()
-    palm.to(accelerator.device)
+    made_causal(palm, "policy").to(accelerator.device)
     first, second, labels = objective.answers([*train, *held_out], tokenizer, options.max_len)
     rows, count = [*first, *second], len(first)
     reference = torch.zeros(2, count)

@@ -5,7 +5,7 @@ Implicit: Yuan et al., 2412.01981. Learned along with the policy: PRIME, Cui et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM, outcome_loss
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.reward import RewardModel
 from palm_rlhf_pytorch.rollout import checked_weight
-from palm_rlhf_pytorch.state import fingerprint
+from palm_rlhf_pytorch.state import fingerprint, hyper_parameters, restore_optimizer
 
 
 class ProcessReward:
@@ -42,11 +43,17 @@ class ProcessReward:
         model = self.model
         return [model.model, model.ref_model] if isinstance(model, ImplicitPRM) else [model.palm]
 
-    def check(self, policy: PaLM) -> None:
-        """Refuse a model that does not know all of the policy's tokens."""
-        known = min(palm.num_tokens for palm in self.palms)
+    def check(self, actor: Actor) -> None:
+        """Refuse a model that does not know all of the policy's tokens, or would change as the policy learns."""
+        known, policy = min(palm.num_tokens for palm in self.palms), actor.actor_palm
         if known < policy.num_tokens:
             raise ValueError(f"the process reward knows {known} tokens, but the policy writes {policy.num_tokens}")
+        if self.shares(actor.actor_parameters()):
+            raise ValueError("the process reward shares weights that the policy trains: give it a deepcopy of the palm")
+
+    def shares(self, parameters: Iterable[nn.Parameter]) -> bool:
+        own = {id(p) for palm in self.palms for p in palm.palm_parameters()}
+        return any(id(p) in own for p in parameters)
 
     def __call__(
         self,
@@ -112,12 +119,11 @@ class OnlineProcessReward(ProcessReward):
             list(self.trained.values()), lr=lr, betas=tuple(betas), weight_decay=weight_decay
         )
 
-    def check(self, policy: PaLM) -> None:
+    def check(self, actor: Actor) -> None:
         """Also refuse to train the policy's own weights."""
-        super().check(policy)
-        own = {id(p) for palm in self.palms for p in palm.parameters()}
-        if any(id(p) in own for p in policy.parameters()):
+        if self.shares(actor.actor_palm.parameters()):
             raise ValueError("the implicit PRM shares weights with the policy: give it a deepcopy of the palm")
+        super().check(actor)
 
     def __call__(
         self,
@@ -172,7 +178,7 @@ class OnlineProcessReward(ProcessReward):
     def restore(self, state: dict[str, Any]) -> None:
         for name, parameter in self.trained.items():
             parameter.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"], hyper_parameters(self.optimizer))
 
 
 def difference(process: ProcessReward | None, saved: dict[str, Any] | None) -> str | None:

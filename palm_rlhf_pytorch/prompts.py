@@ -33,6 +33,11 @@ class Prompts:
             row = int(self.lengths.argmin())
             raise ValueError(f"prompt {row} is empty (only padding, id {pad_value}); drop it or start it with a token")
 
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return int(self.lengths.min())
+
     @classmethod
     def gather(
         cls,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.batches import Batch, Row, bucketed_rows, by_length, collate, encode_response
+from palm_rlhf_pytorch.batches import Batch, Row, bucketed_rows, by_length, collate, encode_pair, encode_response
 from palm_rlhf_pytorch.data import Pair, Rating, bin_ratings, quantile_edges, rounding_edges
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.palm import PaLM
@@ -175,10 +175,8 @@ def train_on_pairs(
     """Fit a reward model to choices between two responses."""
 
     def encode(pairs: Sequence[Pair]) -> tuple[list, list]:
-        return tuple(
-            [encode_response(tokenizer, pair.prompt, side(pair), options.max_len) for pair in pairs]
-            for side in (lambda pair: pair.chosen, lambda pair: pair.rejected)
-        )
+        rows = [encode_pair(tokenizer, pair.prompt, pair.chosen, pair.rejected, options.max_len) for pair in pairs]
+        return [chosen for chosen, _ in rows], [rejected for _, rejected in rows]
 
     chosen, rejected = encode(train)
     margins = torch.tensor([pair.margin or 0.0 for pair in train])

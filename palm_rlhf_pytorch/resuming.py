@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.process_reward import difference
-from palm_rlhf_pytorch.state import random_state, set_random_state
+from palm_rlhf_pytorch.state import random_state, restore_optimizer, set_random_state
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.trainer import OnPolicyTrainer
@@ -32,6 +32,7 @@ def state_of(trainer: OnPolicyTrainer) -> dict[str, Any]:
         "weights": written_weights(trainer.parts()),
         "trunk": trainer.trunk,
         "optimizer": trainer.optimizer.state_dict(),
+        "built": trainer.built,
         "process_reward": None if trainer.process_reward is None else trainer.process_reward.state(),
         "progress": {name: getattr(trainer, name) for name in COUNTERS},
         "prompts": {"count": len(trainer.prompts), "queue": trainer.prompts.queue},
@@ -55,7 +56,7 @@ def restore(trainer: OnPolicyTrainer, state: dict[str, Any], path: str | Path) -
     if differs:
         raise ValueError(f"{str(path)!r} is of a trainer with another process reward: {differs}")
     try:
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(trainer.optimizer, state["optimizer"], trainer.built, state.get("built", trainer.built))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is of a trainer with another optimiser: {error}") from None
     weights = parts.state_dict()  # knows that ours wrote it, which a bare dict does not

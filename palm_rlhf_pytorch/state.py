@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.checkpoint import reason
 from palm_rlhf_pytorch.files import atomic_path
@@ -34,6 +35,25 @@ def load_state(path: str | Path, kind: str) -> dict[str, Any]:
     if found != kind:
         raise ValueError(f"{str(path)!r} is no {kind} checkpoint (it says {found!r}); weights load by PaLM.load")
     return state
+
+
+def hyper_parameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each of its groups: learning rate, betas and the like."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def restore_optimizer(
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    own: list[dict[str, Any]],
+    saved: list[dict[str, Any]] | None = None,
+) -> None:
+    """Take up a state's moments, but with `own` hyper-parameters. saved: those that its run began with; where they are
+    as `own`, what they had become (by a schedule, say) is taken up too.
+    """
+    optimizer.load_state_dict(state)
+    for group, now, before in zip(optimizer.param_groups, own, saved or [{}] * len(own), strict=True):
+        group.update({k: v for k, v in now.items() if k not in before or before[k] != v})
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

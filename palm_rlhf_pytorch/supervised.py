@@ -24,7 +24,14 @@ from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.prefetch import prefetched
-from palm_rlhf_pytorch.state import load_state, random_state, save_state, set_random_state
+from palm_rlhf_pytorch.state import (
+    hyper_parameters,
+    load_state,
+    random_state,
+    restore_optimizer,
+    save_state,
+    set_random_state,
+)
 
 KIND = "supervised"
 ON_BAR = 6  # numbers beside the progress bar, at most
@@ -210,7 +217,7 @@ def _restore(path: str | Path, model: nn.Module, optimizer: Any, log: MetricsLog
     state = load_state(path, KIND)
     try:
         model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(optimizer, state["optimizer"], hyper_parameters(optimizer))
     except (RuntimeError, ValueError):
         raise ValueError(
             f"{str(path)!r} is of another model: resume with the sizes that the run started with"

@@ -25,12 +25,12 @@ from palm_rlhf_pytorch.algorithm import Algorithm
 from palm_rlhf_pytorch.devices import fused
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
-from palm_rlhf_pytorch.ops import masked_mean, token_shares
+from palm_rlhf_pytorch.ops import k3, token_shares
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.process_reward import ProcessReward
 from palm_rlhf_pytorch.prompts import Prompts, Remembered
 from palm_rlhf_pytorch.rollout import REWARD, Reward, RolloutOptions, Scorer, roll_out
-from palm_rlhf_pytorch.state import fingerprint, load_state, save_state
+from palm_rlhf_pytorch.state import fingerprint, hyper_parameters, load_state, save_state
 
 Metrics = dict[str, float]
 
@@ -45,7 +45,7 @@ class LearnOptions:
     epochs: int = 1
     max_norm: float | None = None  # gradient clipping, each parameter group by itself
     normalize_reward: bool = False  # scale scores to mean 0, std 1 on the starting policy's first rollouts
-    kl_stop: float | None = None  # no more epochs on this batch once the algorithm's approx_kl exceeds this
+    kl_stop: float | None = None  # no more epochs on this batch once approx_kl (k3 of KL(old || new)) exceeds this
 
     def __post_init__(self):
         for name in ("minibatch_size", "micro_batch_size", "epochs"):
@@ -69,7 +69,7 @@ class Learner(nn.Module):
         return ("policy",) if self.algorithm.critic_loss is None else ("policy", "critic")
 
     def forward(self, experience: Experience, temperature: float, *parts: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> what these rows add to their minibatch's loss, and means of numbers over their response tokens."""
+        """-> what these rows add to their minibatch's loss, and numbers (b,) or (b, n) about them."""
         mask, shares = experience.response_mask, experience.loss_shares
         if shares is None:
             shares = token_shares(mask, self.algorithm.normalization)
@@ -78,11 +78,12 @@ class Learner(nn.Module):
             if part == "policy":
                 policy = self.actor_critic.log_probs(experience.sequence, mask, temperature)
                 losses, found = self.algorithm.loss(policy, experience)
+                numbers["approx_kl"] = k3(experience.log_probs, policy.log_probs.detach())
             else:
                 losses, found = self.algorithm.critic_loss(self.actor_critic, experience)
             total = total + (by_token(losses) * shares).sum()
-            numbers.update({name: masked_mean(by_token(t.detach()) * mask, mask, None) for name, t in found.items()})
-        return total, numbers
+            numbers.update(found)
+        return total, {name: t.detach() for name, t in numbers.items()}
 
 
 def by_token(t: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class OnPolicyTrainer:
             if not isinstance(process_reward, ProcessReward):
                 kind = type(process_reward).__name__
                 raise TypeError(f"process_reward is a ProcessReward, which a model is wrapped in, got {kind}")
-            process_reward.check(actor_critic.actor_palm)
+            process_reward.check(actor_critic)
             process_reward.model.to(self.accelerate.device).eval()
         self.process_reward = process_reward
 
@@ -143,6 +144,7 @@ class OnPolicyTrainer:
         self.optimizer = optimizer_class(
             algorithm.parameter_groups(actor_critic), **fused(optimizer_class, self.accelerate.device)
         )
+        self.built = hyper_parameters(self.optimizer)
         self.learner, self.optimizer = self.accelerate.prepare(learner, self.optimizer)
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
@@ -157,6 +159,8 @@ class OnPolicyTrainer:
         self.prompts_done = 0  # of the train call under way
         self.resumed = False  # whether the next train call goes on with one that a checkpoint was taken of
         self.score_shift, self.score_scale = 0.0, 1.0
+        self.sampled: Metrics = {}  # what the last rollouts were like
+        self.room: int | None = None  # tokens that the longest response to their prompts can have
 
     @property
     def device(self) -> torch.device:
@@ -252,6 +256,7 @@ class OnPolicyTrainer:
             "step": self.step,
             "prompts": self.prompts_done + count,
             **learned,
+            **self.sampled,
             **({} if self.process_reward is None else self.process_reward.metrics),
             "tokens_per_second": tokens / (ended - started),
             "rollout_seconds": rolled - started,
@@ -280,8 +285,10 @@ class OnPolicyTrainer:
             if self._over_all(float(enough)) == 1.0:
                 break
             experience = Experience.cat([experience, self._roll_out(wanted, options)])
+        self._find_scale(experience.scores)
+        self.sampled, self.room = describe(self._scaled(experience)), options.max_seq_len - self.prompts.shortest
         experience = self._chosen(experience, wanted * self.algorithm.samples_per_prompt)
-        if self.process_reward is not None:
+        if self.process_reward is not None and len(experience):
             tokens = options.rows_at_once * experience.sequence.shape[1]
             mean = partial(self.accelerate.reduce, reduction="mean")
             with self.accelerate.autocast():
@@ -289,10 +296,14 @@ class OnPolicyTrainer:
         return self._scaled(experience)
 
     def _chosen(self, experience: Experience, count: int) -> Experience:
-        """`count` rows, those that the algorithm keeps before others."""
+        """At most `count` rows, those that the algorithm keeps. Several processes must take as many steps: there others
+        fill up.
+        """
         keep = self.algorithm.keep(experience)
         if keep is None:
             return experience
+        if self.accelerate.num_processes == 1:
+            count = min(count, int(keep.sum()))
         return experience[(~keep).int().argsort(stable=True)[:count].sort().values]
 
     def _roll_out(self, count: int, options: RolloutOptions, bar: tqdm | None = None) -> Experience:
@@ -315,20 +326,24 @@ class OnPolicyTrainer:
                 None if bar is None else lambda ended: bar.update(ended * processes / samples),
             )
 
+    def _find_scale(self, scores: Tensor) -> None:
+        """From the starting policy's first answers."""
+        if not self.options.normalize_reward or self.step > 0:
+            return
+        scores = self.accelerate.gather(scores)
+        self.score_shift = float(scores.mean())
+        std = float(scores.std(correction=0))
+        self.score_scale = std if std > 1e-6 else 1.0  # all equal: there is nothing to scale by
+
     def _scaled(self, experience: Experience) -> Experience:
-        if self.options.normalize_reward:
-            if self.step == 0:
-                scores = self.accelerate.gather(experience.scores)
-                self.score_shift = float(scores.mean())
-                std = float(scores.std(correction=0))
-                self.score_scale = std if std > 1e-6 else 1.0  # all equal: there is nothing to scale by
-            experience.scores = (experience.scores - self.score_shift) / self.score_scale
-        return experience
+        return replace(experience, scores=(experience.scores - self.score_shift) / self.score_scale)
 
     def learn(self, experience: Experience | Sequence[Experience], temperature: float = 1.0) -> Metrics:
         """Take the optimiser's steps on one batch of experience (or several, put together)."""
         if not isinstance(experience, Experience):
             experience = Experience.cat(list(experience))
+        if not len(experience):  # nothing was worth it
+            return {}
         experience = self.algorithm.target(experience)
         self.learner.train()
         rows: list[Metrics] = []
@@ -356,8 +371,9 @@ class OnPolicyTrainer:
     def _take_step(self, batch: Experience, temperature: float) -> Metrics:
         micro = self.options.micro_batch_size
         longest = None if micro is None else micro * batch.sequence.shape[1]
-        tokens = batch.lengths.sum()
-        batch = replace(batch, loss_shares=self._shares(batch.response_mask))
+        mask = batch.response_mask
+        batch = replace(batch, loss_shares=self._shares(mask))
+        by_tokens, by_sequences = token_shares(mask, "token"), token_shares(mask, "sequence")
         totals: dict[str, Tensor] = {}
         *before, last = batch.parts(longest, self.algorithm.whole_groups)
         for rows in (*before, last):
@@ -367,8 +383,10 @@ class OnPolicyTrainer:
                 for terms in self._terms():
                     loss, numbers = self.learner(part, temperature, *terms)
                     self.accelerate.backward(loss)
-                    for name, value in numbers.items():
-                        totals[name] = totals.get(name, 0.0) + value * (part.lengths.sum() / tokens)
+                    for name, t in numbers.items():  # losses are logged as they count, what sequences are by sequence
+                        shares = by_sequences if t.ndim == 1 else by_tokens
+                        shares = part.loss_shares if name.endswith("loss") else shares[rows, : part.sequence.shape[1]]
+                        totals[name] = totals.get(name, 0.0) + (by_token(t) * shares).sum()
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
         for group in self.optimizer.param_groups:
             norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
@@ -381,8 +399,11 @@ class OnPolicyTrainer:
         """What each token counts for. Gradients are averaged over processes: where tokens are to count the same, those
         of a process with more of them count for more.
         """
-        shares = token_shares(mask, self.algorithm.normalization)
-        if self.algorithm.normalization == "token" and self.accelerate.num_processes > 1:
+        normalization = self.algorithm.normalization
+        if normalization == "constant" and self.room is not None:
+            normalization = self.room
+        shares = token_shares(mask, normalization)
+        if normalization == "token" and self.accelerate.num_processes > 1:
             own = float(mask.sum())
             shares = shares * own / self._over_all(own)
         return shares

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tiny import EOS, LENGTHS, PROMPTS, TOKENS, TRAIN, made_up, shake, tiny_actor_critic, tiny_palm, tiny_trainer
 
 from palm_rlhf_pytorch import ActorCritic, ImplicitPRM
-from palm_rlhf_pytorch.actor import response_log_probs
+from palm_rlhf_pytorch.actor import Actor, response_log_probs
 from palm_rlhf_pytorch.actor_critic import running_mean
 
 
@@ -94,6 +94,15 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="scopes of their own"):
         ActorCritic(tiny_palm(), critic_lora_scope="actor")
     ActorCritic(tiny_palm(), tiny_palm(1), critic_lora_scope="actor")  # on two trunks the names may be the same
+
+
+def test_adapters_of_an_earlier_trainer_are_no_start():
+    palm = tiny_palm()
+    first = Actor(palm, actor_lora_r=2)
+    with pytest.raises(ValueError, match="merge_finetune_params.*goes on from there.*starts again"):
+        Actor(palm, actor_lora_r=4)
+    palm.remove_finetune_params(first.actor_lora_scope)
+    assert Actor(palm, actor_lora_r=4).actor_lora_scope == first.actor_lora_scope
 
 
 def test_an_encoder_is_made_causal():

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
 from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
 from palm_rlhf_pytorch.algorithms.gspo import GSPO, per_token_mean
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
-from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped, k3
+from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped
 from palm_rlhf_pytorch.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline, k2
 from palm_rlhf_pytorch.algorithms.rloo import RLOO, leave_one_out, of_sequence
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
@@ -130,6 +130,66 @@ def test_dr_grpo_gives_each_token_the_same_gradient():
             assert sizes[0].item() == pytest.approx(1 / 40)  # |A| / (4 sequences * 10)
 
 
+def test_dr_grpo_s_constant_is_the_room():
+    """Not the longest response, which would make a token's worth depend on the others'."""
+    trainer = build("dr_grpo", learn={"minibatch_size": 100})
+    e = trainer.algorithm.target(trainer.roll_out(8, 8, replace(ROLL, max_seq_len=40)))
+    room = 40 - int(trainer.prompts.lengths.min())
+    assert trainer.room == room == 39 and int(e.lengths.max()) < room
+    shares = trainer._shares(e.response_mask)
+    assert shares[e.response_mask].unique().tolist() == pytest.approx([1 / (len(e) * room)])
+    # without an engine: the longest of the batch
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    torch.testing.assert_close(ops.token_shares(mask, "constant"), mask / 4.0)
+    assert not {"normalization"} & {field.name for field in fields(DrGRPO.Options)}
+
+
+def test_the_kl_stands_in_one_place():
+    e = grouped([1.0, 0.0, 0.0, 1.0])
+    none, loss, reward = (GRPO(kl=kl, kl_in=where) for kl, where in ((0.0, "loss"), (0.5, "loss"), (0.5, "reward")))
+    torch.testing.assert_close(none.target(e).advantages, loss.target(e).advantages)
+    assert not torch.allclose(none.target(e).advantages, reward.target(e).advantages)
+    e = none.target(e)
+    d = e.ref_log_probs - e.log_probs
+    added = 0.5 * (d.exp() - d - 1)
+    shares = ops.token_shares(e.response_mask, "sequence")
+    expected = reduced(none, e.log_probs, e) + (added * shares).sum()
+    torch.testing.assert_close(reduced(loss, e.log_probs, e), expected)
+    torch.testing.assert_close(reduced(reward, e.log_probs, e), reduced(none, e.log_probs, e))
+
+
+def test_reinforce_pp_baseline_s_kl_is_k2():
+    algorithm = ReinforcePPBaseline(samples_per_prompt=4, kl=0.5)
+    e = algorithm.target(grouped([1.0, 0.0, 0.0, 1.0]))
+    _, numbers = algorithm.loss(policy_of(e.log_probs), e)
+    torch.testing.assert_close(numbers["kl_loss"], 0.5 * (e.log_probs - e.ref_log_probs) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("grpo", {"samples_per_prompt": 1}, "samples_per_prompt must be 2 or more, got 1"),
+        ("tpo", {"eta": 0.0}, "eta must be 1e-06 or more, got 0.0"),
+        ("ppo", {"kl_in": "rewards"}, "kl_in is one of loss, reward, got 'rewards'"),
+        ("grpo", {"normalization": "Token"}, "normalization is one of sequence, token, got 'Token'"),
+        ("ppo", {"eps_clip": -0.1}, "eps_clip must be 0 or more, got -0.1"),
+        ("rloo", {"kl": math.nan}, "kl must be 0 or more, got nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm_class(name)(**options)
+
+
+def test_an_extra_of_another_width_is_refused():
+    e = grouped([1.0, 0.0, 0.0, 1.0])
+    kept = e.with_extra(a=torch.ones(4), b=torch.ones(4, 1, 7), c=torch.ones(4, e.sequence.shape[1], 2))
+    assert set(kept.extra) == {"a", "b", "c"}
+    for wrong in (torch.ones(3), torch.ones(4, 20), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="'wrong' has shape"):
+            e.with_extra(wrong=wrong)
+
+
 def test_max_rl_by_hand():
     # (1,0,0,0): mean 1/4, so (3/4)/(1/4) = 3 and -1; (1,1,0,0): 1 and -1; nothing where all are alike
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
@@ -213,12 +273,12 @@ def test_entropy_shaping_by_hand():
 
 def test_kl_estimates():
     d = torch.tensor(math.log(2))
-    assert k3(torch.tensor(0.0), d).item() == pytest.approx(2 - 1 - math.log(2))
+    assert ops.k3(torch.tensor(0.0), d).item() == pytest.approx(2 - 1 - math.log(2))
     assert k2(torch.tensor(0.0), d).item() == pytest.approx(math.log(2) ** 2 / 2)
     p, ref = torch.randn(7).softmax(-1), torch.randn(7).softmax(-1)
     exact = (p * (p / ref).log()).sum()
-    torch.testing.assert_close((p * k3(p.log(), ref.log())).sum(), exact)
-    assert (k3(p.log(), ref.log()) >= 0).all()
+    torch.testing.assert_close((p * ops.k3(p.log(), ref.log())).sum(), exact)
+    assert (ops.k3(p.log(), ref.log()) >= 0).all()
     # with samples of p held fixed, k2's gradient is that of KL(p || ref)
     logits = torch.randn(7).requires_grad_()
     p = logits.softmax(-1)
@@ -243,8 +303,8 @@ def build(name, optimizer_class=AdamW, lr=1e-2, reward=first_is_even, seed=0, le
         if name == "reinforce_pp":
             options.pop("samples_per_prompt")
         if name == "flowrl":
-            options = {"dim": 16, "z_hidden": 8, **options}
-        algorithm = algorithm_class(name)(actor_optim=optim, own_optim=optim, **options)
+            options.setdefault("z_hidden", 8)
+        algorithm = algorithm_class(name).for_policy(tiny_palm(), actor_optim=optim, own_optim=optim, **options)
     if name == "ppo":
         actor = tiny_actor_critic()
     else:
@@ -366,8 +426,33 @@ def test_dapo_replaces_refused_groups():
     seen = []
     trainer = build("dapo", reward=lambda p, r: seen.extend(r) or [1.0] * len(r), samples_per_prompt=2)
     e = trainer.roll_out(2, 8, ROLL)
-    assert len(e) == 4 and not trainer.algorithm.keep(e).any()
+    assert len(e) == 0
     assert len(seen) == 4 * trainer.algorithm.sampling_rounds == 16
+    before = [p.detach().clone() for p in trainer.actor_critic.actor_parameters()]
+    row = trainer.train(1, 2, 2, 8, 8).history[0]  # nothing is learned, and what was seen is logged
+    assert row["reward"] == 1.0 and "policy_loss" not in row
+    assert all(map(torch.equal, before, trainer.actor_critic.actor_parameters()))
+
+
+def test_what_is_not_worth_it_is_not_learned_from():
+    class Choosy(Reinforce):
+        def keep(self, experience):
+            return experience.group_ids == experience.group_ids[0]
+
+    trainer = build("", algorithm=Choosy(actor_optim={"lr": 1e-2}))
+    e = trainer.roll_out(3, 8, ROLL)
+    assert len(e) == 4 and len(e.group_ids.unique()) == 1
+    assert trainer.sampled["reward"] != float(e.scores.mean())  # which is of all that sampled
+
+
+def test_kl_stop_serves_every_algorithm():
+    for name in ("tpo", "flowrl", "score_centering"):
+        trainer = build(name, lr=1e-1, learn={"epochs": 20, "kl_stop": 1e-4})
+        steps = []
+        taken = trainer._take_step
+        trainer._take_step = lambda *a, taken=taken, steps=steps: (steps.append(1), taken(*a))[1]
+        trainer.train(8, **TRAIN)
+        assert 0 < len(steps) < 20
 
 
 # (b) TPO
@@ -386,6 +471,28 @@ def test_tpo_has_the_gradient_p_less_q():
     found = gradient(tpo, target, moved)
     for row, mask, expected in zip(found, e.response_mask, p - q, strict=True):
         torch.testing.assert_close(row[mask], expected.expand(int(mask.sum())))
+    numbers = tpo.loss(policy_of(moved), target)[1]
+    torch.testing.assert_close(numbers["kl_to_target"], (q * (q / p).log()).sum().expand(3))  # KL(q || p) of the group
+
+
+def test_losses_are_logged_as_they_count_and_groups_by_sequence():
+    """Lengths differ: means over tokens would be other numbers."""
+    trainer, e = off_policy("tpo")
+    e = trainer.algorithm.target(e)
+    policy = trainer.actor_critic.log_probs(e.sequence, e.response_mask)
+    losses, numbers = trainer.algorithm.loss(policy, e)
+    row = trainer._take_step(e, 1.0)
+    assert (
+        row["kl_to_target"] == pytest.approx(float(numbers["kl_to_target"].detach().mean()), abs=1e-5)
+        and row["kl_to_target"] > 0
+    )
+    assert row["policy_loss"] == pytest.approx(float(losses.detach().mean()), abs=1e-5)
+    assert row["entropy"] == pytest.approx(float(policy.entropy.detach()[e.response_mask].mean()), abs=1e-5)
+    trainer, e = off_policy("grpo", kl=0.0)
+    e = trainer.algorithm.target(e)
+    policy = trainer.actor_critic.log_probs(e.sequence, e.response_mask)
+    loss = (trainer.algorithm.loss(policy, e)[0] * ops.token_shares(e.response_mask, "sequence")).sum()
+    assert trainer._take_step(e, 1.0)["policy_loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
 
 
 def test_tpo_counts_prompts_the_same_and_learns_nothing_from_a_flat_one():
@@ -550,6 +657,22 @@ def test_centering_keeps_what_sampled_when_all_is_trained():
     log_p = (places.embeds @ places.weight.T * places.scale).log_softmax(-1)
     theirs = score_centering_loss(log_p[None], q[None], e.sequence[mask][None], e.advantages[mask][None])[0]
     torch.testing.assert_close(ours[mask], theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_centering_keeps_what_sampled_through_fused_steps():
+    """Fused AdamW does not count its writes."""
+    trainer = build("score_centering", samples_per_prompt=2)
+    trainer = OnPolicyTrainer(
+        Actor(tiny_palm(), actor_lora=False), trainer.algorithm, first_is_even, Prompts(PROMPTS), seed=0
+    )
+    trainer.algorithm.actor_optim = {"lr": 3e-2}
+    for _ in range(3):
+        trainer.train(1, 4, 4, 8, 8)
+        e = trainer.roll_out(4, 8, ROLL)
+        embeds = e.extra["sampler_embeds"][e.response_mask]
+        q = score_centering.probs(embeds, trainer.algorithm._vocabulary, trainer.palm.logit_scale)
+        drawn = q.gather(-1, e.sequence[e.response_mask][:, None]).squeeze(-1).log()
+        torch.testing.assert_close(drawn, e.log_probs[e.response_mask], atol=1e-4, rtol=1e-4)
 
 
 # (f) an algorithm of one's own

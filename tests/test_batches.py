@@ -8,6 +8,7 @@ from palm_rlhf_pytorch.batches import (
     best_fit,
     bucketed_rows,
     by_length,
+    encode_pair,
     encode_prompt,
     encode_response,
     next_token_batches,
@@ -22,6 +23,15 @@ from palm_rlhf_pytorch.tokenizer import ByteTokenizer
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_both_of_a_pair_follow_the_same_prompt():
+    tokenizer = ByteTokenizer()
+    first, second = encode_pair(tokenizer, "0123456789", "a", "abcdef", 10)
+    assert first == (tokenizer.encode("789") + tokenizer.encode("a") + [tokenizer.eos_id], 3)
+    assert second == (tokenizer.encode("789") + tokenizer.encode("abcdef") + [tokenizer.eos_id], 3)
+    short = [encode_response(tokenizer, "01", response, 10) for response in ("a", "bc")]
+    assert list(encode_pair(tokenizer, "01", "a", "bc", 10)) == short
 
 
 def test_encode_response_truncates_the_prompt_first():

@@ -21,6 +21,7 @@ from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.metrics import read_metrics
 from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.run_directory import RunDirectory
+from palm_rlhf_pytorch.state import load_state
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer
 from palm_rlhf_pytorch.trainer import OnPolicyTrainer
 
@@ -366,6 +367,13 @@ def test_rejection_writes_the_best_answers(files, tmp_path, capsys):
     assert [row["score"] for row in rows] == pytest.approx(scores.tolist(), abs=1e-4)
 
 
+def test_answers_that_were_drawn_stay(files, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(TUNED["rejection"] + " --model {model} --out {out} " + TUNE, **files, out=out) == 0
+    assert run("rejection --resume --samples 2 --temperature 0.5 --out {out}", out=out) == 2
+    assert "has its best answers, drawn with another --samples, --temperature" in capsys.readouterr().err
+
+
 def test_every_tuning_goes_on_from_every_other(files, tmp_path):
     model = files["model"]
     for name in ("sft", "rejection", "dpo", "kto"):
@@ -471,6 +479,32 @@ def test_a_rule_that_is_not_there(files, rules, tmp_path, capsys, reward, messag
     command = f"rl --model {{model}} --reward {reward} --prompts {{prompts}} --out {{out}}"
     assert run(command, **files, rules=rules, out=tmp_path / "rl") == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_another_learning_rate(files, rules, tmp_path, capsys):
+    command = "rl --model {model} --reward {rules}:short --prompts {prompts} --out {out} --samples-per-prompt 2 " + RL
+    paths = {**files, "rules": rules, "out": tmp_path / "rl"}
+    assert run(command, **paths) == 0
+    assert run("rl --resume --out {out} --updates 4 --actor-lr 1e-9", **paths) == 0
+    assert "resuming with --actor-lr 1e-09 (was 0.001)" in capsys.readouterr().out
+    state = load_state(paths["out"] / "state.pt", "GRPO")
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-9 and state["progress"]["step"] == 4
+
+
+def test_a_rule_may_import_and_define(files, tmp_path, capsys):
+    (tmp_path / "beside_the_rule.py").write_text("WORTH = 2.0\n")
+    (tmp_path / "rule.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_rule import WORTH\n"
+        "@dataclass\nclass Worth:\n    value: float = WORTH\n"
+        "def model(prompts, responses):\n    return [Worth().value] * len(responses)\n"
+    )
+    paths = {**files, "rule": tmp_path / "rule.py", "out": tmp_path / "rl"}
+    command = "rl --model {model} --reward {rule}:model --prompts {prompts} --out {out} --samples-per-prompt 2 " + RL
+    assert run(command.replace("--updates 3", "--updates 1"), **paths) == 0
+    assert read_metrics(paths["out"] / "metrics.jsonl")[0]["reward"] == 2.0
+    twice = command.replace("{rule}:model", "{rule}:model {reward}").replace("{out}", "{nowhere}")
+    assert run(twice, **paths) == 2
+    assert "'model' is what reward runs are called" in capsys.readouterr().err
 
 
 def test_a_process_reward_of_other_tokens_is_refused(files, tmp_path, capsys):

@@ -19,8 +19,8 @@ def test_what_is_right():
     task = learning_tasks.reversal(3)
     assert len(task.prompts) == 8 and task.prompts[:, 0].eq(2).all()  # the mark
     prompt = torch.tensor([2, 0, 1, 1])
-    answers = [torch.tensor(a) for a in ([1, 1, 0], [0, 1, 1], [1, 1, 2])]
-    assert task.reward([prompt] * 3, answers).tolist() == [1.0, 0.0, 0.0]
+    answers = [torch.tensor(a) for a in ([1, 1, 0], [1, 3, 2], [0, 1, 1], [1, 1, 3])]
+    assert task.reward([prompt] * 4, answers).tolist() == [1.0, 1.0, 0.0, 0.0]
     modes = learning_tasks.modes()
     assert modes.reward([modes.prompts[0]] * 5, [*modes.modes, torch.tensor([1, 1, 1])]).tolist() == [1, 1, 1, 1, 0]
 

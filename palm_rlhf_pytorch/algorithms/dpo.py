@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf_pytorch.batches import Row, encode_response
+from palm_rlhf_pytorch.batches import Row, encode_pair
 from palm_rlhf_pytorch.data import Pair
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.tokenizer import Tokenizer
@@ -101,5 +101,5 @@ class DPO:
 
     def answers(self, pairs: Sequence[Pair], tokenizer: Tokenizer, max_len: int) -> tuple[list[Row], list[Row], None]:
         """Both answers of each pair, encoded; no labels."""
-        chosen = [encode_response(tokenizer, pair.prompt, pair.chosen, max_len) for pair in pairs]
-        return chosen, [encode_response(tokenizer, pair.prompt, pair.rejected, max_len) for pair in pairs], None
+        rows = [encode_pair(tokenizer, pair.prompt, pair.chosen, pair.rejected, max_len) for pair in pairs]
+        return [chosen for chosen, _ in rows], [rejected for _, rejected in rows], None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from palm_rlhf_pytorch.algorithms.groups import GroupOptions, GroupPolicyGradient, centred
-from palm_rlhf_pytorch.experience import Experience
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, SampleOptions, centred
+from palm_rlhf_pytorch.algorithms.policy_gradient import ClipOptions, PenaltyOptions
 from palm_rlhf_pytorch.flags import option
 
 
 @dataclass(frozen=True)
-class DrGRPOOptions(GroupOptions):
+class DrGRPOOptions(SampleOptions, ClipOptions, PenaltyOptions):
     """How Dr. GRPO learns"""
 
     max_response: int | None = option(
-        None, "tokens that every response's loss is divided by (default: the longest of the batch)", least=1
+        None, "tokens that every response's loss is divided by (default: the room that responses have)", least=1
     )
 
 
@@ -24,6 +25,6 @@ class DrGRPO(GroupPolicyGradient):
     Options = DrGRPOOptions
     advantage = staticmethod(centred)
 
-    def target(self, experience: Experience) -> Experience:
-        self.normalization = self.options.max_response or int(experience.lengths.max())
-        return super().target(experience)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.normalization = self.options.max_response or "constant"

@@ -14,6 +14,7 @@ from palm_rlhf_pytorch.algorithms.groups import centred
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
+from palm_rlhf_pytorch.palm import PaLM
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class FlowRL(Algorithm):
         """dim: the policy's width."""
         super().__init__(actor_optim, own_optim, **options)
         self.partition_function = PartitionFunction(self.options.z_hidden, dim=dim)
+
+    @classmethod
+    def for_policy(cls, palm: PaLM, **options: Any) -> FlowRL:
+        return cls(palm.dim, **options)
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
         """The mean of each prompt's final embeddings, (b, 1, d). Log Z learns, and what it reads does not."""

@@ -15,10 +15,15 @@ from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
 
 
 @dataclass(frozen=True)
-class GroupOptions(PolicyGradientOptions):
-    """How the answers to a prompt are compared and learned from"""
+class SampleOptions:
+    """How many answers are compared"""
 
     samples_per_prompt: int = option(8, "answers to each prompt", least=2)
+
+
+@dataclass(frozen=True)
+class GroupOptions(SampleOptions, PolicyGradientOptions):
+    """How the answers to a prompt are compared and learned from"""
 
 
 def centred(rewards: Tensor) -> Tensor:

@@ -12,20 +12,26 @@ from palm_rlhf_pytorch.actor import PolicyOutput
 from palm_rlhf_pytorch.algorithm import Algorithm, Losses, less_entropy
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
+from palm_rlhf_pytorch.ops import k3
 
 
 @dataclass(frozen=True)
-class PolicyGradientOptions:
-    """How advantages are learned from"""
+class PenaltyOptions:
+    """How far the policy may go"""
 
-    eps_clip: float = option(0.2, "clip range of the policy ratio", least=0)
-    eps_clip_high: float | None = option(None, "clip range above 1, where it is another (DAPO)", least=0)
     kl: float = option(0.0, "weight of the KL to the starting policy", least=0)
     kl_in: str = option("loss", "where it counts: k3 in the loss, or k1 in the reward", choices=("loss", "reward"))
     entropy: float = option(0.0, "weight of the entropy bonus")
     entropy_advantage: float = option(0.0, "entropy's weight in advantages (the paper: 0.4, for PPO 0.1)", least=0)
     entropy_kappa: float = option(2.0, "entropy adds at most the advantage's size over this", least=1)
-    normalization: str = option("sequence", "what counts the same in the loss", choices=("sequence", "token"))
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """How far one batch may move it"""
+
+    eps_clip: float = option(0.2, "clip range of the policy ratio", least=0)
+    eps_clip_high: float | None = option(None, "clip range above 1, where it is another (DAPO)", least=0)
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -33,10 +39,16 @@ class PolicyGradientOptions:
         return self.eps_clip, self.eps_clip if self.eps_clip_high is None else self.eps_clip_high
 
 
-def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """e^d - d - 1, d = log p_ref - log p: a KL estimate that is never negative. GRPO, 2402.03300, eq. 4."""
-    d = ref_log_probs - log_probs
-    return torch.expm1(d) - d
+@dataclass(frozen=True)
+class MeanOptions:
+    """What the loss is a mean over"""
+
+    normalization: str = option("sequence", "what counts the same in the loss", choices=("sequence", "token"))
+
+
+@dataclass(frozen=True)
+class PolicyGradientOptions(ClipOptions, PenaltyOptions, MeanOptions):
+    """How advantages are learned from"""
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -80,7 +92,7 @@ class PolicyGradient(Algorithm):
         log_ratio = self.log_ratio(policy.log_probs - experience.log_probs, experience.response_mask)
         policy_loss = self.policy_loss(policy, log_ratio, advantages, experience)
         losses = less_entropy(policy_loss, policy, options.entropy)
-        numbers = {"policy_loss": policy_loss, "entropy": policy.entropy, **self.moved(log_ratio.detach())}
+        numbers = {"policy_loss": policy_loss, "entropy": policy.entropy, **self.out_of_range(log_ratio.detach())}
         if options.kl and options.kl_in == "loss":
             numbers["kl_loss"] = self.kl_loss(policy.log_probs, experience.ref_log_probs)
             losses = losses + options.kl * numbers["kl_loss"]
@@ -92,10 +104,7 @@ class PolicyGradient(Algorithm):
         """By token (b, n)."""
         return self.surrogate(log_ratio.exp(), advantages, *self.options.clip_range)
 
-    def moved(self, log_ratio: Tensor) -> dict[str, Tensor]:
-        """How far the policy is from the one that sampled."""
+    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
+        """Where the ratio is clipped, if anything is."""
         ratio, (low, high) = log_ratio.exp(), self.options.clip_range
-        return {
-            "clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).float(),
-            "approx_kl": ratio - 1 - log_ratio,  # k3 of KL(old || new)
-        }
+        return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).float()}

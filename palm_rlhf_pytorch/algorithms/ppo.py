@@ -59,6 +59,7 @@ class PPO(PolicyGradient):
     """The critic is the `ActorCritic`'s; `value_loss` says what its outputs mean and how they are learned."""
 
     Options = PPOOptions
+    actor_class = ActorCritic
     defaults = {"kl": 0.1, "kl_in": "reward", "normalization": "token"}
 
     def __init__(

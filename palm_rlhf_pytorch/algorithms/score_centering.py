@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf_pytorch.actor import Actor, PolicyOutput, Predictions
-from palm_rlhf_pytorch.algorithms.groups import GroupOptions, GroupPolicyGradient, centred
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, SampleOptions, centred
+from palm_rlhf_pytorch.algorithms.policy_gradient import MeanOptions, PenaltyOptions
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import scatter_to_mask
@@ -25,7 +26,7 @@ Weight = Callable[[Tensor], Tensor]  # f(p / q): 1 for none, min(r, 2) for trunc
 
 
 @dataclass(frozen=True)
-class ScoreCenteringOptions(GroupOptions):
+class ScoreCenteringOptions(SampleOptions, PenaltyOptions, MeanOptions):
     """How score centering learns"""
 
     topk: int | None = option(None, "tokens of the sampler that are centred by (default: the vocabulary)", least=1)
@@ -105,7 +106,8 @@ class ScoreCentering(GroupPolicyGradient):
     ):
         super().__init__(actor_optim, own_optim, **options)
         self.weight_fn = weight_fn
-        self._vocabulary: tuple[int, Tensor] | None = None  # what sampled, and which version of the weight it was
+        self._vocabulary: Tensor | None = None  # that sampled
+        self._learned = False  # since
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
         mask, k = experience.response_mask, self.options.topk
@@ -120,11 +122,18 @@ class ScoreCentering(GroupPolicyGradient):
         )
 
     def _remember(self, weight: Tensor) -> None:
-        """The vocabulary is trained too where the policy is trained as a whole."""
-        if not weight.requires_grad:
-            self._vocabulary = (0, weight)
-        elif self._vocabulary is None or self._vocabulary[0] != weight._version:
-            self._vocabulary = (weight._version, weight.detach().clone())
+        """Once a rollout: where the policy is trained as a whole, the vocabulary is too."""
+        if self._vocabulary is None or self._learned:
+            self._vocabulary = weight.detach().clone() if weight.requires_grad else weight.detach()
+            self._learned = False
+
+    def target(self, experience: Experience) -> Experience:
+        self._learned = True  # from here on
+        return super().target(experience)
+
+    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
+        """Nothing is clipped."""
+        return {}
 
     def policy_loss(
         self, policy: PolicyOutput, log_ratio: Tensor, advantages: Tensor, experience: Experience
@@ -134,8 +143,7 @@ class ScoreCentering(GroupPolicyGradient):
             kept = [experience.extra[name][mask] for name in ("sampler_probs", "sampler_ids")]
             means = centres(places, self.weight_fn, lambda q, ids: (q, ids), *kept)
         else:
-            vocabulary = self._vocabulary[1]
             embeds = experience.extra["sampler_embeds"][mask]
-            means = centres(places, self.weight_fn, lambda e: (probs(e, vocabulary, places.scale), None), embeds)
+            means = centres(places, self.weight_fn, lambda e: (probs(e, self._vocabulary, places.scale), None), embeds)
         weight = self.weight_fn(log_ratio.detach().exp())
         return -advantages * (weight * policy.log_probs - scatter_to_mask(means, mask))

@@ -56,6 +56,10 @@ class TPO(Algorithm):
         log_p = log_probs.log_softmax(dim=-1)
         # samples count for the same, prompts are to: a group's sum, not its mean
         policy_loss = from_groups(-q * log_p, group_ids) * self.samples_per_prompt
-        distance = from_groups(torch.special.entr(q).neg() - q * log_p, group_ids).detach() * self.samples_per_prompt
-        numbers = {"policy_loss": policy_loss, "kl_to_target": distance, "entropy": policy.entropy}
+        distance = (torch.special.entr(q).neg() - q * log_p).sum(dim=-1, keepdim=True).expand_as(q)
+        numbers = {
+            "policy_loss": policy_loss,
+            "kl_to_target": from_groups(distance, group_ids),
+            "entropy": policy.entropy,
+        }
         return less_entropy(policy_loss, policy, self.options.entropy), numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,8 @@ from typing import Any
 
 import torch
 
-from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
-from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
-from palm_rlhf_pytorch.algorithms.ppo import PPO
 from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, open_model, text_reward
 from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
 from palm_rlhf_pytorch.cli.process import ProcessOptions
@@ -58,8 +56,11 @@ def rule(place: str) -> Callable[..., Any]:
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward {place!r}: there is no file {path!r}")
-    spec = spec_from_file_location(Path(path).stem, path)
-    module = module_from_spec(spec)
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:  # what the file imports from beside it
+        sys.path.append(folder)
+    spec = spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
@@ -75,6 +76,8 @@ def rewards(options: RLOptions, device: torch.device) -> Any:
     if len(members) < len(rules):
         raise ValueError("--reward: functions need names of their own, two of the same name were given")
     if directories:
+        if "model" in members:
+            raise ValueError("--reward: 'model' is what reward runs are called, give the function another name")
         model = text_reward(directories, device, options.whole_text, options.max_seq_len)
         members["model"] = (model, float(len(directories)))
     if len(members) == 1:
@@ -99,14 +102,15 @@ def run(
     given = {"options": options, "own": own, "learning": learning, "process": process, "compute": compute}
     log = directory.start("rl", where.resume, tokenizer, **given)
     cls = algorithm_class(options.algorithm)
-    build = partial(cls, palm.dim) if cls is FlowRL else cls
-    algorithm = build(own_optim={"lr": learning.own_lr}, **dataclasses.asdict(own))
-    critic = partial(ActorCritic, critic_lora=learning.lora, critic_lora_r=learning.lora_r, critic_dim_out=1)
+    algorithm = cls.for_policy(palm, own_optim={"lr": learning.own_lr}, **dataclasses.asdict(own))
+    make_actor = cls.actor_class
+    if issubclass(make_actor, ActorCritic):
+        make_actor = partial(make_actor, critic_lora=learning.lora, critic_lora_r=learning.lora_r, critic_dim_out=1)
     trainer = KeywordTrainer(
         algorithm,
         palm=palm,
         reward_model=reward,
-        make_actor=critic if cls is PPO else Actor,
+        make_actor=make_actor,
         process_reward=process_reward,
         metrics_path=log.path,
         **shared,
