@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch import PaLM
-from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithms import algorithm_class
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward
@@ -129,11 +128,8 @@ def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
     palm = PaLM(num_tokens=task.tokens, flash_attn=True, **sizes)  # as many weights as a plain feedforward times 4
     options = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}, **options_of(task, name)}
     algorithm = algorithm_class(name).for_policy(palm, **options)
-    make = algorithm.actor_class
-    if issubclass(make, ActorCritic):
-        make = partial(make, critic_lora=False, critic_dim_out=1)
     return OnPolicyTrainer(
-        make(palm, actor_lora=False),
+        algorithm.new_actor(palm, actor_lora=False),
         algorithm,
         Shuffled(task.reward, seed) if shuffled else task.reward,
         Prompts(task.prompts, pad_value=-1),

@@ -40,7 +40,6 @@ class Algorithm(nn.Module):
     Options: ClassVar[type] = NoOptions
     defaults: ClassVar[dict[str, Any]] = {}
 
-    actor_class: ClassVar[type[Actor]] = Actor  # what it trains: an `ActorCritic` where it needs a critic
     samples_per_prompt: int = 1
     needs_reference: bool = False  # whether log-probs of the starting policy are wanted
     whole_groups: bool = False  # whether the loss compares samples of one prompt, which are then computed together
@@ -63,6 +62,10 @@ class Algorithm(nn.Module):
     def for_policy(cls, palm: PaLM, **options: Any) -> Algorithm:
         """With own parts of the sizes that this policy asks for."""
         return cls(**options)
+
+    def new_actor(self, palm: PaLM, actor_lora: bool = True, **keywords: Any) -> Actor:
+        """What it trains of a PaLM: an `ActorCritic` where it needs a critic."""
+        return Actor(palm, actor_lora=actor_lora, **keywords)
 
     def judge(self, actor: Actor, experience: Experience, temperature: float = 1.0) -> Experience:
         """Add what only the policy that sampled can tell (values, say), without gradient; called on small batches."""

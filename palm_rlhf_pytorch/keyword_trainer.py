@@ -27,7 +27,7 @@ class KeywordTrainer(OnPolicyTrainer):
     The keywords up to `accelerate_kwargs` are the reference's. Beyond them: actor_eps (Adam); optimizer_class;
     micro_batch_size (sequences computed at once); normalize_reward, missing_eos_penalty and overlong_buffer; kl_stop;
     reward_over ('text' or 'tokens'); process_reward (see `ProcessReward`); seed; metrics_path (a metrics.jsonl).
-    make_actor: what is made of palm and the actor's keywords (None: the algorithm's `actor_class`).
+    make_actor: what is made of palm and the actor's keywords (None: the algorithm's `new_actor`).
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -79,7 +79,7 @@ class KeywordTrainer(OnPolicyTrainer):
         )
         algorithm.own_optim = accepted(optimizer_class, **{**algorithm.actor_optim, **algorithm.own_optim})
         super().__init__(
-            (make_actor or algorithm.actor_class)(
+            (make_actor or algorithm.new_actor)(
                 palm, actor_lora=actor_lora, actor_lora_r=actor_lora_r, actor_dropout=actor_dropout
             ),
             algorithm,

@@ -6,7 +6,7 @@ Axes, here and everywhere: b sequences, g samples of one prompt, n positions, d 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 LEAST_TOKENS = {"cpu": 128}  # that a pass should have; other devices want thousands
 
@@ -26,10 +26,21 @@ def masked_mean(
     return total / mask.sum(dim=dims, keepdim=keepdim).clamp(min=1)
 
 
+def over_processes(t: Tensor) -> Tensor:
+    """The sum of a tensor over all processes that train together."""
+    if distributed.is_available() and distributed.is_initialized():
+        t = t.clone()
+        distributed.all_reduce(t)
+    return t
+
+
 def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """`t` (b, n) scaled to variance 1 over the whole masked batch, mean 0 where `shift_mean`; 0 outside."""
-    mean = masked_mean(t, mask, dim=None)
-    variance = masked_mean((t - mean) ** 2, mask, dim=None)
+    """`t` (b, n) scaled to variance 1 over the whole masked batch, that of all processes, mean 0 where `shift_mean`; 0
+    outside.
+    """
+    count = over_processes(mask.sum()).clamp(min=1)
+    mean = over_processes(t.masked_fill(~mask, 0.0).sum()) / count
+    variance = over_processes(((t - mean) ** 2).masked_fill(~mask, 0.0).sum()) / count
     whitened = (t - mean) * torch.rsqrt(variance + eps)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 

@@ -251,12 +251,11 @@ class OnPolicyTrainer:
         learned = self.learn(experience, options.temperature)
         ended = time.perf_counter()
         self.step += 1
-        tokens = float(experience.lengths.sum())
+        tokens = self._over_all(float(experience.lengths.sum())) * self.accelerate.num_processes
         return {
             "step": self.step,
             "prompts": self.prompts_done + count,
-            **learned,
-            **self.sampled,
+            **self._means_over_all({**learned, **self.sampled}),
             **({} if self.process_reward is None else self.process_reward.metrics),
             "tokens_per_second": tokens / (ended - started),
             "rollout_seconds": rolled - started,
@@ -358,6 +357,12 @@ class OnPolicyTrainer:
     def _over_all(self, value: float) -> float:
         """The mean over processes, so that all take the same decision."""
         return float(self.accelerate.reduce(torch.tensor(value, device=self.device), reduction="mean"))
+
+    def _means_over_all(self, numbers: Metrics) -> Metrics:
+        if self.accelerate.num_processes == 1:
+            return numbers
+        values = torch.tensor(list(numbers.values()), device=self.device)
+        return dict(zip(numbers, self.accelerate.reduce(values, reduction="mean").tolist(), strict=True))
 
     def _minibatches(self, group_ids: Tensor) -> Iterator[Tensor]:
         """Rows of shuffled minibatches; a group is never split."""

@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient, PolicyG
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import scatter_to_mask, whiten
+from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss
 
 
@@ -59,7 +60,6 @@ class PPO(PolicyGradient):
     """The critic is the `ActorCritic`'s; `value_loss` says what its outputs mean and how they are learned."""
 
     Options = PPOOptions
-    actor_class = ActorCritic
     defaults = {"kl": 0.1, "kl_in": "reward", "normalization": "token"}
 
     def __init__(
@@ -71,6 +71,12 @@ class PPO(PolicyGradient):
     ):
         super().__init__(actor_optim, own_optim, **options)
         self.value_loss = value_loss or ClippedRegression()
+
+    def new_actor(self, palm: PaLM, actor_lora: bool = True, **keywords: Any) -> ActorCritic:
+        """With a critic of the same kind as the actor."""
+        critic = {"critic_lora": actor_lora, "critic_lora_r": keywords.get("actor_lora_r", 8)}
+        bins = self.value_loss.num_bins if isinstance(self.value_loss, HLGauss) else 1
+        return ActorCritic(palm, actor_lora=actor_lora, critic_dim_out=bins, **critic, **keywords)
 
     def parameter_groups(self, actor: ActorCritic) -> list[dict[str, Any]]:
         critic = {"name": "critic", "params": actor.critic_parameters(), **self.own_optim}

@@ -7,14 +7,12 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class
 from palm_rlhf_pytorch.cli.common import PrecisionOptions, RunOptions, open_model, text_reward
 from palm_rlhf_pytorch.cli.on_policy import LearningOptions, PracticeOptions, practise, trainer_keywords
@@ -103,14 +101,10 @@ def run(
     log = directory.start("rl", where.resume, tokenizer, **given)
     cls = algorithm_class(options.algorithm)
     algorithm = cls.for_policy(palm, own_optim={"lr": learning.own_lr}, **dataclasses.asdict(own))
-    make_actor = cls.actor_class
-    if issubclass(make_actor, ActorCritic):
-        make_actor = partial(make_actor, critic_lora=learning.lora, critic_lora_r=learning.lora_r, critic_dim_out=1)
     trainer = KeywordTrainer(
         algorithm,
         palm=palm,
         reward_model=reward,
-        make_actor=make_actor,
         process_reward=process_reward,
         metrics_path=log.path,
         **shared,
