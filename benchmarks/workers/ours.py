@@ -43,6 +43,8 @@ class Ours(Task):
         )
         sizes = dict(max_timesteps=rollout, update_timesteps=rollout, max_batch_size=at_once, max_seq_len=length)
         trainer.train(num_episodes=1, **sizes)
+        for scope in list(self.model.finetune_modules):  # the next starts as this one did
+            self.model.remove_finetune_params(scope)
 
 
 if __name__ == "__main__":
