@@ -7,7 +7,7 @@ from palm_rlhf_pytorch.version import __version__
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.actor_critic import ActorCritic
-    from palm_rlhf_pytorch.algorithms.score_centering import score_centering_loss
+    from palm_rlhf_pytorch.algorithms.centering import score_centering_loss
     from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
     from palm_rlhf_pytorch.palm import PaLM
     from palm_rlhf_pytorch.ppo import RLHFTrainer
@@ -22,7 +22,7 @@ HOMES = {
     "PaLM": "palm",
     "RLHFTrainer": "ppo",
     "RewardModel": "reward",
-    "score_centering_loss": "algorithms.score_centering",
+    "score_centering_loss": "algorithms.centering",
 }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from palm_rlhf_pytorch.algorithms.centering import Weight, score_centering_loss
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL
-from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering, Weight, score_centering_loss
+from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
 from palm_rlhf_pytorch.algorithms.spo import penalised
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 from palm_rlhf_pytorch import ops, score_centering_loss
 from palm_rlhf_pytorch.actor import Actor, PolicyOutput
 from palm_rlhf_pytorch.algorithm import Algorithm
-from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, score_centering
+from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, centering
 from palm_rlhf_pytorch.algorithms.dapo import DAPO
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
@@ -612,14 +612,14 @@ def test_equal_advantages_move_nothing():
 def test_topk_coefficients_by_hand():
     # q_H = (.5, .3), p_H = (.4, .4): rest .2 / .2 = 1, so c = q - p = (.1, -.1)
     log_p = tensor(0.4, 0.4, 0.2).log().requires_grad_()
-    score_centering.centre(log_p, tensor(0.5, 0.3), torch.ones_like, torch.tensor([0, 1])).backward()
+    centering.centre(log_p, tensor(0.5, 0.3), torch.ones_like, torch.tensor([0, 1])).backward()
     torch.testing.assert_close(log_p.grad, tensor(0.1, -0.1, 0.0), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("topk", [None, 4, 11])
 def test_chunks_are_the_whole(topk, weighted, monkeypatch):
-    monkeypatch.setattr(score_centering, "chunks", lambda w, *t: list(zip(*(x.split(5) for x in t), strict=True)))
+    monkeypatch.setattr(centering, "chunks", lambda w, *t: list(zip(*(x.split(5) for x in t), strict=True)))
     weight_fn = (lambda r: r.clamp(max=1.1)) if weighted else torch.ones_like
     trainer = build("score_centering", topk=topk, weight_fn=weight_fn)
     e = trainer.algorithm.target(trainer.roll_out(4, 8, ROLL))
@@ -670,7 +670,7 @@ def test_centering_keeps_what_sampled_through_fused_steps():
         trainer.train(1, 4, 4, 8, 8)
         e = trainer.roll_out(4, 8, ROLL)
         embeds = e.extra["sampler_embeds"][e.response_mask]
-        q = score_centering.probs(embeds, trainer.algorithm._vocabulary, trainer.palm.logit_scale)
+        q = centering.probs(embeds, trainer.algorithm._vocabulary, trainer.palm.logit_scale)
         drawn = q.gather(-1, e.sequence[e.response_mask][:, None]).squeeze(-1).log()
         torch.testing.assert_close(drawn, e.log_probs[e.response_mask], atol=1e-4, rtol=1e-4)
 
