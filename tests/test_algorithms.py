@@ -443,6 +443,12 @@ def test_what_is_not_worth_it_is_not_learned_from():
     e = trainer.roll_out(3, 8, ROLL)
     assert len(e) == 4 and len(e.group_ids.unique()) == 1
     assert trainer.sampled["reward"] != float(e.scores.mean())  # which is of all that sampled
+    assert trainer.learn(e)["reward"] == float(e.scores.mean())
+    seen = []
+    count_all = trainer.scorer.rewards[""][0]
+    trainer.scorer.rewards[""] = (lambda p, r: seen.extend(count_all(p, r)) or seen[-len(r) :], 1.0)
+    row = trainer.train(1, 3, 3, 8, 8).history[0]
+    assert row["reward"] == pytest.approx(sum(seen) / 12) and "policy_loss" in row
 
 
 def test_kl_stop_serves_every_algorithm():

@@ -49,6 +49,7 @@ def trains(trainer):
         ({"use_score_centering": True}, ScoreCentering, standardised, clipped),
         ({"use_score_centering": True, "score_centering_topk": 3}, ScoreCentering, standardised, clipped),
         ({"use_score_centering": True, "use_dr_grpo": True}, ScoreCentering, centred, clipped),
+        ({"use_score_centering": True, "dr_grpo_constant": 7}, ScoreCentering, centred, clipped),
         ({"use_score_centering": True, "use_max_rl": True}, ScoreCentering, over_success, clipped),
         ({"add_entropy_to_advantage": True}, GRPO, standardised, clipped),
     ],
@@ -60,8 +61,8 @@ def test_grpo_flags(flags, cls, advantage, surrogate):
     assert algorithm.samples_per_prompt == 4 and algorithm.needs_reference
     assert algorithm.options.entropy_advantage == (0.4 if "add_entropy_to_advantage" in flags else 0.0)
     assert trains(trainer)
-    if "dr_grpo_constant" in flags:
-        assert algorithm.normalization == 7
+    if "dr_grpo_constant" in flags or "use_dr_grpo" in flags:
+        assert algorithm.normalization == flags.get("dr_grpo_constant", "constant")
 
 
 def test_grpo_keywords_reach_what_they_name():
