@@ -83,11 +83,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # for PPO the paper's baseline, the mean of the batch (a critic that does not learn), and a bonus for entropy; for GRPO
 # the KL to the start; TPO draws to what sampled, from a batch's second pass on.
 IN_REVERSAL: dict[str, dict[str, Any]] = {
-    "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.02},
+    "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.05},
     "grpo": {"kl": 0.04},
 }
 REVERSAL_RUNS: dict[str, Callable[[Task], dict[str, Any]]] = {
-    "ppo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 3 // 5},
+    "ppo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 4 // 5},
     "tpo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 4 // 5},
 }
 

@@ -159,7 +159,9 @@ class Rows:
         return self.rows.numel() > 0
 
     def _come(self, rows: Tensor, **forward_kwargs) -> None:
-        """Read all but the last token of these prompts, those of like lengths together; the last one is a step's."""
+        """Read all but the last token of these prompts, those of like lengths together and copies once; the last one is
+        a step's.
+        """
         cache, lengths = self.decoder.cache, self.lengths[rows] - 1
         groups = groups_of_like_length(lengths, PREFILL_TOKENS)  # in the order of `rows`, which are sorted
         for group in groups:
@@ -167,8 +169,13 @@ class Rows:
             part = cache.admit(len(group), n)
             if n > 0:
                 real = lengths_to_mask(lengths[group], n)
-                ids = self.prompts[rows[group], :n].masked_fill(~real, 0)
-                self.model(ids, mask=real, cache=part, return_only_embedding=True, **forward_kwargs)
+                ids = self.prompts[rows[group], :n].masked_fill(~real, -1)
+                first, copy_of = first_of_copies(ids)
+                once = part if len(first) == len(group) else cache.admit(len(first), n)
+                self.model(
+                    ids[first].clamp(min=0), mask=real[first], cache=once, return_only_embedding=True, **forward_kwargs
+                )
+                part.repeat(once, copy_of)
             cache.join(part)
         self.rows = torch.cat((self.rows, rows))
         self.tokens = torch.cat((self.tokens, self.prompts[rows, lengths]))
@@ -292,6 +299,13 @@ def best_of(scores: Tensor, generation: Generation) -> tuple[Tensor, Tensor]:
     """The sequence with the highest score among one prompt's samples, padding trimmed -> (n,), score ()."""
     best = int(scores.argmax())
     return generation.sequence[best][generation.mask[best]], scores[best]
+
+
+def first_of_copies(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (b, n), copies side by side -> the first of each (u,), and for every row which of these it is (b,)."""
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    new[1:] = (rows[1:] != rows[:-1]).any(dim=-1)
+    return new.nonzero().squeeze(-1), new.cumsum(dim=0) - 1
 
 
 def repeat_prompts(prompts: Tensor, lengths: Tensor, times: int) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,12 @@ class KVCache:
         part.clear(count)
         return part
 
+    def repeat(self, part: KVCache, rows: Tensor) -> None:
+        """Have the row rows[i] (b,) of `part` as row i. Its memory may be the beginning of this one's."""
+        if part is not self:
+            self.memory[:, :, : part.filled] = part.memory[:, rows, : part.filled]
+            self.lengths, self.filled = part.lengths[rows], part.filled
+
     def join(self, part: KVCache) -> None:
         """Take in the rows that `admit` gave out."""
         self.lengths = torch.cat((self.lengths, part.lengths))

@@ -425,6 +425,26 @@ def test_prompts_are_read_with_others_of_like_length(make_palm, monkeypatch):
     assert seen[:2] == [(1, 13), (1, 12)]
 
 
+@pytest.mark.parametrize("keywords", [{}, {"use_xpos": True}, {"sliding_window": 4, "global_layers": (1,)}])
+@pytest.mark.parametrize("max_batch", [None, 5, 8])
+def test_copies_of_a_prompt_are_read_once(make_palm, monkeypatch, max_batch, keywords):
+    model, seen = make_palm(**keywords), []
+    how = dict(filter_logits_fn=None, seed=3, max_batch=max_batch, return_log_probs=True)
+    # the second is the third, padded with a token that there is: the lengths tell
+    prompts, lengths = (
+        torch.tensor([[5, 1, 2, 3], [5, 1, 0, 0], [5, 1, 9, 9], [7, 7, 7, 7]]),
+        torch.tensor([4, 3, 2, 4]),
+    )
+    prompts, lengths = generation.repeat_prompts(prompts, lengths, 3)
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    found = model.generate(12, prompts, prompt_lengths=lengths, **how)
+    if max_batch is None:
+        assert seen[0] == (4, 3)
+    monkeypatch.setattr(generation, "first_of_copies", lambda rows: (torch.arange(len(rows)),) * 2)
+    assert_same(found, model.generate(12, prompts, prompt_lengths=lengths, **how))
+    assert len({tuple(row.tolist()) for row in found.sequence[:3]}) == 3  # each copy draws for itself
+
+
 @pytest.mark.parametrize("max_batch", [None, 1, 3])
 @pytest.mark.parametrize("ends", [True, False])
 def test_it_is_told_of_every_row_that_ended(make_palm, max_batch, ends):
