@@ -52,9 +52,8 @@ def reversal(length: int) -> Task:
     """
     prompts = torch.tensor([(2, *tokens) for tokens in product((0, 1), repeat=length)])
     right = lambda p, r: torch.equal(r % 2, p[1:].flip(0))  # noqa: E731
-    return Task(
-        f"reversal {length}", 4, prompts, length, right, updates=100 * (length - 2), lr=3e-3, batch=100, epochs=1
-    )
+    batch, updates = min(100, 2**length), 100 * (length - 2)
+    return Task(f"reversal {length}", 4, prompts, length, right, updates, lr=3e-3, batch=batch, epochs=1)
 
 
 MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])

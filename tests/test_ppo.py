@@ -4,10 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import PROMPTS, ROLL, TRAIN, made_up, rolled, shake, tiny_actor_critic, tiny_palm, tiny_ppo, tiny_trainer
+from tiny import (
+    PROMPTS,
+    ROLL,
+    TRAIN,
+    count_even,
+    made_up,
+    rolled,
+    shake,
+    tiny_actor_critic,
+    tiny_palm,
+    tiny_ppo,
+    tiny_trainer,
+)
 
 from palm_rlhf_pytorch import ImplicitPRM, RLHFTrainer
-from palm_rlhf_pytorch.algorithms.ppo import generalized_advantages, token_rewards
+from palm_rlhf_pytorch.algorithms.ppo import PPO, generalized_advantages, token_rewards
+from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 from palm_rlhf_pytorch.trainer import Learner
 from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss
 
@@ -266,3 +279,16 @@ def test_lion_by_its_old_name(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lion_pytorch", None)
     with pytest.warns(DeprecationWarning), pytest.raises(ImportError, match="this needs lion_pytorch"):
         tiny_trainer(use_lion=True)
+
+
+@pytest.mark.parametrize("value_loss, outputs", [(None, 1), (HLGauss(6, 0.0, 5.0), 6)])
+@pytest.mark.parametrize("lora", [True, False])
+def test_ppo_makes_its_own_critic(value_loss, outputs, lora):
+    keywords = {"actor_lora": lora, "actor_lora_r": 2, "seed": 0}
+    trainer = KeywordTrainer(
+        PPO(value_loss), palm=tiny_palm(), reward_model=count_even, prompt_token_ids=PROMPTS, **keywords
+    )
+    actor_critic = trainer.actor_critic
+    assert actor_critic.value_dim == outputs and (actor_critic.critic_lora_scope is not None) is lora
+    assert (actor_critic.critic_palm is actor_critic.actor_palm) is lora
+    assert "value_loss" in trainer.train(8, **TRAIN).history[0]
