@@ -102,7 +102,7 @@ def print_tasks(rows: list[Row]) -> None:
         before = statistics.mean(row["before"] for row in some)
         after, control = (mean_of(r["after"] for r in some if r["shuffled"] is shuffled) for shuffled in (False, True))
         print(f"| {task} | {algorithm} | {before:.3f} | {after} | {control} |")
-    with_modes = [row for row in rows if row["modes"][1] is not None]
+    with_modes = [row for row in rows if row.get("modes", (None, None))[1] is not None]
     if with_modes:
         print("\n| task | algorithm | modes before | modes after: mean (of seeds) | with shuffled rewards |")
         print("| --- | --- | --- | --- | --- |")
