@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL, PartitionFunction
-from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
+from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer, compared
 from palm_rlhf_pytorch.palm import PaLM
 
 __all__ = ["FlowRL", "FlowRLTrainer", "PartitionFunction"]
@@ -33,7 +33,7 @@ class FlowRLTrainer(KeywordTrainer):
         algorithm = FlowRL.for_policy(
             palm,
             own_optim={"lr": partition_function_lr},
-            samples_per_prompt=flowrl_num_times_sample,
+            samples_per_prompt=compared("flowrl_num_times_sample", flowrl_num_times_sample),
             beta=beta,
             eps_clip=eps_clip,
             entropy=beta_s,

@@ -12,7 +12,7 @@ from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
 from palm_rlhf_pytorch.algorithms.spo import penalised
-from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
+from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer, compared
 
 __all__ = ["GRPO", "RLHFTrainer", "score_centering_loss"]
 
@@ -55,23 +55,23 @@ class RLHFTrainer(KeywordTrainer):
             if all(flags):
                 raise ValueError(f"{name} exclude each other: take one")
         options = {
-            "samples_per_prompt": grpo_num_times_sample_rewards,
+            "samples_per_prompt": compared("grpo_num_times_sample_rewards", grpo_num_times_sample_rewards),
             "entropy": beta_s,
             "kl": kl_div_loss_weight,
             "entropy_advantage": entropy_to_advantage_scale if add_entropy_to_advantage else 0.0,
             "entropy_kappa": entropy_to_advantage_kappa,
         }
         if use_dr_grpo:
-            compared = DrGRPO(max_response=dr_grpo_constant, eps_clip=eps_clip, **options)
+            base = DrGRPO(max_response=dr_grpo_constant, eps_clip=eps_clip, **options)
         else:
-            compared = (MaxRL if use_max_rl else GRPO)(eps_clip=eps_clip, **options)
+            base = (MaxRL if use_max_rl else GRPO)(eps_clip=eps_clip, **options)
         if use_score_centering:
             algorithm = ScoreCentering(topk=score_centering_topk, weight_fn=score_centering_weight_fn, **options)
-            algorithm.advantage = compared.advantage
+            algorithm.advantage = base.advantage
             if use_dr_grpo:
-                algorithm.normalization = compared.normalization
+                algorithm.normalization = base.normalization
         else:
-            algorithm = compared
+            algorithm = base
         if use_simple_policy_optimization:
             algorithm.surrogate = penalised
         super().__init__(algorithm, **shared)

@@ -93,6 +93,13 @@ class KeywordTrainer(OnPolicyTrainer):
         )
 
 
+def compared(name: str, samples: int) -> int:
+    """How many answers to a prompt are compared, which the keyword `name` said; or refused."""
+    if samples < 2:
+        raise ValueError(f"{name} must be 2 or more, to have answers to compare, got {samples}")
+    return samples
+
+
 def accepted(optimizer_class: Callable[..., Optimizer], **keywords: Any) -> dict[str, Any]:
     """The keywords that an optimiser knows (Lion has no eps)."""
     known = inspect.signature(optimizer_class).parameters

@@ -109,6 +109,19 @@ def test_excluded_pairs_are_refused(pair):
         make(grpo.RLHFTrainer, **pair)
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (grpo.RLHFTrainer, "grpo_num_times_sample_rewards"),
+        (tpo.RLHFTrainer, "num_times_sample_rewards"),
+        (flowrl.FlowRLTrainer, "flowrl_num_times_sample"),
+    ],
+)
+def test_one_answer_cannot_be_compared(cls, name):
+    with pytest.raises(ValueError, match=f"{name} must be 2 or more, to have answers to compare, got 1"):
+        make(cls, **{name: 1})
+
+
 def test_tpo():
     trainer = make(tpo.RLHFTrainer, num_times_sample_rewards=4, tpo_eta=0.5, beta_s=0.02)
     o = trainer.algorithm.options
