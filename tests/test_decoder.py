@@ -303,7 +303,8 @@ def test_code_is_made_once_for_each_size_and_no_number_of_sizes_is_too_many(make
     plain = answers(model, "plain", 2)
     lengths = plain.response_mask.sum(-1)
     assert lengths.min() < lengths.max()
-    with torch._dynamo.config.patch(recompile_limit=1):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with torch._dynamo.config.patch({limit: 1}):
         for _ in range(3):
             assert_same(answers(model, "compiled", 2), plain)
         with torch.no_grad():

@@ -52,6 +52,8 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("format", ["palm", "huggingface"])
 def test_push_to_hub(make_palm, tmp_path, api, run, format):
+    if format == "huggingface":
+        pytest.importorskip("tokenizers")
     palm = make_palm(num_tokens=259, use_xpos=False, dim_head=6)
     palm.pretrained = {"base_model": "someone/base"}
     keywords = dict(format=format, tokenizer=ByteTokenizer(), run=run, private=True, token="t", create_pr=True)

@@ -143,6 +143,7 @@ def test_adapters_are_kept_merged_or_said_to_be_left_out(make_palm, tmp_path, sa
 
 
 def test_tokenizer_and_special_ids_come_along(make_palm, tmp_path):
+    pytest.importorskip("tokenizers")
     palm = make_palm(num_tokens=259, use_xpos=False, dim_head=6)
     for format in ("palm", "huggingface"):
         palm.save_pretrained(tmp_path / format, format, tokenizer=ByteTokenizer())
