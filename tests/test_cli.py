@@ -198,9 +198,7 @@ def test_compiled_learns_the_same(files, tmp_path, monkeypatch, said, command, o
     monkeypatch.setattr(common, "can_compile", lambda device: True)
     command = command.replace("--ff-dropout 0.2", "")
     assert run(command, **files, out=tmp_path / "compiled") == 0
-    # torch 2.6 cannot divide this graph into forward and backward: it says so, and goes on plainly
-    sentence = "could not be compiled" if torch.__version__.startswith("2.6.") else "compiled the training step in"
-    assert sum(sentence in line for line in said()) == 1
+    assert sum("compiled the training step in" in line for line in said()) == 1
     assert run(command.replace("--compile", "--no-compile"), **files, out=tmp_path / "plain") == 0
     name = "model.safetensors" if out == "model" else "reward.safetensors"
     ours, plain = weights(tmp_path / "compiled" / name), weights(tmp_path / "plain" / name)
@@ -219,7 +217,9 @@ def test_code_is_made_for_a_cpu(files, tmp_path, said):
     for flag in ("--compile", "--no-compile"):
         command = f"pretrain {flag} --data {{text}} --lines --out {{out}} {tiny}"
         assert run(command, **files, out=tmp_path / flag) == 0
-    assert sum("compiled the training step in" in line for line in said()) == 1
+    # torch 2.6 cannot divide this graph into forward and backward: it says so, and goes on plainly
+    sentence = "could not be compiled" if torch.__version__.startswith("2.6.") else "compiled the training step in"
+    assert sum(sentence in line for line in said()) == 1
     assert last_loss(tmp_path / "--compile") == pytest.approx(last_loss(tmp_path / "--no-compile"), rel=1e-5)
 
 
