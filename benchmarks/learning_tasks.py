@@ -53,7 +53,8 @@ def reversal(length: int) -> Task:
     prompts = torch.tensor([(2, *tokens) for tokens in product((0, 1), repeat=length)])
     right = lambda p, r: torch.equal(r % 2, p[1:].flip(0))  # noqa: E731
     batch, updates = min(100, 2**length), 100 * (length - 2)
-    return Task(f"reversal {length}", 4, prompts, length, right, updates, lr=3e-3, batch=batch, epochs=1)
+    lr = 3e-3 if batch == 100 else 1e-3
+    return Task(f"reversal {length}", 4, prompts, length, right, updates, lr, batch, epochs=1)
 
 
 MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])
@@ -80,10 +81,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # In the reversal a prompt whose answer is always the same wrong one teaches nothing, unless something holds against it:
 # for PPO the paper's baseline, the mean of the batch (a critic that does not learn), and a bonus for entropy; for GRPO
-# the KL to the start; TPO draws to what sampled, from a batch's second pass on.
+# and its kin the KL to the start; TPO draws to what sampled, from a batch's second pass on.
+LIKE_GRPO = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "spo", "max_rl", "gspo", "dapo", "score_centering")
 IN_REVERSAL: dict[str, dict[str, Any]] = {
     "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.05},
-    "grpo": {"kl": 0.04},
+    "reinforce_pp": {"entropy": 0.05},
+    **{name: {"kl": 0.04, "kl_in": "loss"} for name in LIKE_GRPO},
 }
 REVERSAL_RUNS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "ppo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 4 // 5},
