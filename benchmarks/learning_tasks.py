@@ -81,7 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # In the reversal a prompt whose answer is always the same wrong one teaches nothing, unless something holds against it:
 # for PPO the paper's baseline, the mean of the batch (a critic that does not learn), and a bonus for entropy; for GRPO
-# and its kin the KL to the start; TPO draws to what sampled, from a batch's second pass on.
+# and its kin the KL to the start; TPO draws to what sampled from a batch's second pass on.
 LIKE_GRPO = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "spo", "max_rl", "gspo", "dapo", "score_centering")
 IN_REVERSAL: dict[str, dict[str, Any]] = {
     "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.05},
