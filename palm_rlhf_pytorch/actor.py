@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.vocabulary import linear_log_probs, target_log_probs
@@ -122,20 +124,28 @@ def made_causal(palm: PaLM, role: str) -> PaLM:
 def adapt(palm: PaLM, lora: bool, scope: str, r: int) -> str | None:
     """Ready a PaLM for training: new adapters on a frozen trunk, or the whole. Returns the scope, None for the whole.
 
-    Raises ValueError where the scope has adapters already, of an earlier trainer: they are no start to measure from.
+    Raises ValueError where the scope has adapters already that were trained, or of another kind: they are no start to
+    measure from. Untrained ones, as a trainer leaves that refused another keyword, are taken over.
     """
     if not lora:
         palm.requires_grad_(True)
         return None
-    if scope in palm.finetune_modules:
+    there = scope in palm.finetune_modules
+    if there and not (palm.lora_options[scope] == replace(palm.lora_defaults, r=r) and untrained(palm, scope)):
         raise ValueError(
             f"the palm has adapters {scope!r} of an earlier training: palm.merge_finetune_params({scope!r}) goes on "
             f"from there, palm.remove_finetune_params({scope!r}) starts again"
         )
     for parameter in palm.palm_parameters():
         parameter.requires_grad_(False)
-    palm.add_finetune_params(scope, r)
+    if not there:
+        palm.add_finetune_params(scope, r)
     return scope
+
+
+def untrained(palm: PaLM, scope: str) -> bool:
+    """Whether the adapters of a scope still add nothing."""
+    return not any(lora.B.any() for lora in palm.finetune_modules[scope].modules() if isinstance(lora, LoRA))
 
 
 def trained(palm: PaLM, scope: str | None) -> list[nn.Parameter]:

@@ -26,7 +26,7 @@ def masked_mean(
     return total / mask.sum(dim=dims, keepdim=keepdim).clamp(min=1)
 
 
-def over_processes(t: Tensor) -> Tensor:
+def sum_over_processes(t: Tensor) -> Tensor:
     """The sum of a tensor over all processes that train together."""
     if distributed.is_available() and distributed.is_initialized():
         t = t.clone()
@@ -38,9 +38,9 @@ def whiten(t: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) 
     """`t` (b, n) scaled to variance 1 over the whole masked batch, that of all processes, mean 0 where `shift_mean`; 0
     outside.
     """
-    count = over_processes(mask.sum()).clamp(min=1)
-    mean = over_processes(t.masked_fill(~mask, 0.0).sum()) / count
-    variance = over_processes(((t - mean) ** 2).masked_fill(~mask, 0.0).sum()) / count
+    count = sum_over_processes(mask.sum()).clamp(min=1)
+    mean = sum_over_processes(t.masked_fill(~mask, 0.0).sum()) / count
+    variance = sum_over_processes(((t - mean) ** 2).masked_fill(~mask, 0.0).sum()) / count
     whitened = (t - mean) * torch.rsqrt(variance + eps)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 

@@ -18,6 +18,7 @@ from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM, outcome_loss
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.precision import HALVES
 from palm_rlhf_pytorch.reward import RewardModel
 from palm_rlhf_pytorch.rollout import checked_weight
 from palm_rlhf_pytorch.state import fingerprint, hyper_parameters, restore_optimizer
@@ -115,6 +116,11 @@ class OnlineProcessReward(ProcessReward):
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:
             raise ValueError("the implicit PRM has nothing to train: all of its model's weights are frozen")
+        if any(p.dtype in HALVES for p in self.trained.values()):
+            raise ValueError(
+                "the implicit PRM's weights are trained, and in half precision small steps would be lost: give it "
+                "float32 (palm.float(), or --dtype fp32)"
+            )
         self.optimizer: Optimizer = AdamW(
             list(self.trained.values()), lr=lr, betas=tuple(betas), weight_decay=weight_decay
         )

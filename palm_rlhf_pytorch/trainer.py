@@ -256,7 +256,7 @@ class OnPolicyTrainer:
             "step": self.step,
             "prompts": self.prompts_done + count,
             **self._means_over_all({**learned, **self.sampled}),
-            **({} if self.process_reward is None else self.process_reward.metrics),
+            **(self.process_reward.metrics if self.process_reward is not None and learned else {}),
             "tokens_per_second": tokens / (ended - started),
             "rollout_seconds": rolled - started,
             "learn_seconds": ended - rolled,

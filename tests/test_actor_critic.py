@@ -102,7 +102,18 @@ def test_adapters_of_an_earlier_trainer_are_no_start():
     with pytest.raises(ValueError, match="merge_finetune_params.*goes on from there.*starts again"):
         Actor(palm, actor_lora_r=4)
     palm.remove_finetune_params(first.actor_lora_scope)
-    assert Actor(palm, actor_lora_r=4).actor_lora_scope == first.actor_lora_scope
+    second = Actor(palm, actor_lora_r=4)
+    shake(second.actor_parameters())
+    with pytest.raises(ValueError, match="adapters 'actor' of an earlier training"):
+        Actor(palm, actor_lora_r=4)
+
+
+def test_a_refused_keyword_does_not_spend_the_palm():
+    palm = tiny_palm()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="reward_over is"):
+            tiny_trainer(palm=palm, reward_over="words")
+    assert abs(tiny_trainer(palm=palm).train(8, **TRAIN).history[0]["kl"]) < 1e-6  # from the start, to rounding
 
 
 def test_an_encoder_is_made_causal():

@@ -430,11 +430,9 @@ def test_prompts_are_read_with_others_of_like_length(make_palm, monkeypatch):
 def test_copies_of_a_prompt_are_read_once(make_palm, monkeypatch, max_batch, keywords):
     model, seen = make_palm(**keywords), []
     how = dict(filter_logits_fn=None, seed=3, max_batch=max_batch, return_log_probs=True)
-    # the second is the third, padded with a token that there is: the lengths tell
-    prompts, lengths = (
-        torch.tensor([[5, 1, 2, 3], [5, 1, 0, 0], [5, 1, 9, 9], [7, 7, 7, 7]]),
-        torch.tensor([4, 3, 2, 4]),
-    )
+    # what is read of the second is that of the third and a 0, which stands for padding elsewhere: the lengths tell
+    prompts = torch.tensor([[5, 1, 2, 3], [5, 0, 8, 9], [5, 7, 9, 9], [7, 7, 7, 7]])
+    lengths = torch.tensor([4, 3, 2, 4])
     prompts, lengths = generation.repeat_prompts(prompts, lengths, 3)
     model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     found = model.generate(12, prompts, prompt_lengths=lengths, **how)

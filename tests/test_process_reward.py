@@ -98,6 +98,8 @@ def test_what_is_refused():
         tiny_trainer(palm=palm, process_reward=OnlineProcessReward(ImplicitPRM(palm)))
     with pytest.raises(ValueError, match="nothing to train"):
         OnlineProcessReward(ImplicitPRM(tiny_palm().requires_grad_(False)))
+    with pytest.raises(ValueError, match="in half precision small steps would be lost"):
+        OnlineProcessReward(ImplicitPRM(tiny_palm().bfloat16()))
 
 
 def test_a_trainer_rolls_out_with_process_rewards():
@@ -192,6 +194,13 @@ def test_the_label_is_of_the_score_as_given():
         trainer.process_reward.learn = lambda e, *rest, inner=inner: (labels.append(e.scores > 1.5), inner(e, *rest))[1]
         trainer.roll_out(8, 4, ROLL)
     assert torch.equal(*labels) and 0 < labels[0].sum() < 8
+
+
+def test_an_update_that_learns_nothing_logs_no_old_loss():
+    trainer = prime().train(8, **TRAIN)
+    trainer.algorithm.keep = lambda e: torch.zeros(len(e), dtype=torch.bool)
+    row = trainer.train(8, **TRAIN).history[-1]
+    assert "prm_loss" in trainer.history[0] and "reward" in row and "prm_loss" not in row
 
 
 def test_a_resumed_run_takes_the_same_next_step(tmp_path):
