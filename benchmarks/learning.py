@@ -64,7 +64,7 @@ def wanted(options: argparse.Namespace) -> list[Run]:
         Run(task, algorithm, seed, shuffled)
         for task in options.tasks
         for algorithm in ([PAIRS] if task == PAIRS else options.algorithms)
-        for seed in range(options.seeds)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         for shuffled in controls
     ]
 
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="+", choices=(*TASKS, PAIRS))
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--first-seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--updates", type=int, help="instead of each task's own number")
     parser.add_argument("--lr", type=float, help="learning rate, instead of each task's own")
     parser.add_argument("--batch", type=int, help="prompts an update, instead of each task's own number")

@@ -26,7 +26,8 @@ class KeywordTrainer(OnPolicyTrainer):
 
     The keywords up to `accelerate_kwargs` are the reference's. Beyond them: actor_eps (Adam); optimizer_class;
     micro_batch_size (sequences computed at once); normalize_reward, missing_eos_penalty and overlong_buffer; kl_stop;
-    reward_over ('text' or 'tokens'); process_reward (see `ProcessReward`); seed; metrics_path (a metrics.jsonl).
+    reward_over ('text' or 'tokens', or by name which); process_reward (see `ProcessReward`); seed; metrics_path (a
+    metrics.jsonl).
     make_actor: what is made of palm and the actor's keywords (None: the algorithm's `new_actor`).
     """
 

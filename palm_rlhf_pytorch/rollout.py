@@ -46,22 +46,17 @@ class Scorer:
 
     A RewardModel scores response tokens. A callable gets (prompts, responses): lists of text where `tokenizer` has a
     `decode` and `over` is not 'tokens', else lists of 1-D id tensors; it returns one number for each. Several by name,
-    {name: reward} or {name: (reward, weight)}, add up, each times its weight.
+    {name: reward} or {name: (reward, weight)}, add up, each times its weight; `over` may then be one for all, or
+    {name: 'text' or 'tokens'} for those that are not to have the default.
     """
 
-    def __init__(self, reward: Reward, tokenizer: Any = None, over: str | None = None):
+    def __init__(self, reward: Reward, tokenizer: Any = None, over: str | Mapping[str, str] | None = None):
         self.named = isinstance(reward, Mapping)
         self.rewards = weighted(reward) if self.named else {"": (reward, 1.0)}
         for name, (one, _) in self.rewards.items():
             if not callable(one):
                 raise TypeError(f"{the(name)} must be a RewardModel or a function, got {type(one).__name__}")
-        can_decode = hasattr(tokenizer, "decode")
-        over = ("text" if can_decode else "tokens") if over is None else over
-        if over not in ("text", "tokens"):
-            raise ValueError(f"reward_over is 'text', 'tokens' or None to choose, got {over!r}")
-        if over == "text" and not can_decode:
-            raise ValueError("a reward over text needs a tokenizer with a decode method")
-        self.tokenizer, self.over = tokenizer, over
+        self.tokenizer, self.over = tokenizer, read_over(over, self.rewards, hasattr(tokenizer, "decode"))
 
     @property
     def models(self) -> list[nn.Module]:
@@ -92,16 +87,18 @@ class Scorer:
     ) -> dict[str, Tensor]:
         """What each reward gives by itself, without its weight; bounds as in a call."""
         found, device = {}, answers.sequence.device
-        pieces = None  # ids or texts, made once for all functions
+        pieces: dict[str, list[list]] = {}  # ids or texts, made once for all functions
         for name, (reward, _) in self.rewards.items():
             if isinstance(reward, RewardModel):
                 groups = groups_of_like_length(answers.mask.sum(dim=-1), max_tokens)
                 scores = torch.cat([self._rate(reward, answers, rows) for rows in groups])
                 found[name] = self._checked(name, scores, len(scores), device)[torch.cat(groups).argsort()]
             else:
-                if pieces is None:
-                    pieces = [self._pieces(answers, mask) for mask in (answers.prompt_mask, answers.response_mask)]
-                found[name] = self._call(name, reward, *pieces, max_batch).to(device)
+                over = self.over[name]
+                if over not in pieces:
+                    masks = (answers.prompt_mask, answers.response_mask)
+                    pieces[over] = [self._pieces(answers.sequence, mask, over) for mask in masks]
+                found[name] = self._call(name, reward, *pieces[over], max_batch).to(device)
         return found
 
     def _rate(self, model: RewardModel, answers: Experience | generation.Generation, rows: Tensor) -> Tensor:
@@ -133,9 +130,26 @@ class Scorer:
             raise ValueError(f"{the(name)} returned a value that is not finite (NaN or infinite)")
         return scores
 
-    def _pieces(self, answers: Experience | generation.Generation, mask: Tensor) -> list:
-        ids = [row[keep] for row, keep in zip(answers.sequence, mask, strict=True)]
-        return [self.tokenizer.decode(row.tolist()) for row in ids] if self.over == "text" else ids
+    def _pieces(self, sequence: Tensor, mask: Tensor, over: str) -> list:
+        """The tokens (b, n) under a mask, row by row, as ids or as text."""
+        ids = list(sequence[mask].split(mask.sum(dim=-1).tolist()))
+        return [self.tokenizer.decode(row.tolist()) for row in ids] if over == "text" else ids
+
+
+def read_over(over: str | Mapping[str, str] | None, rewards: Mapping[str, Any], can_decode: bool) -> dict[str, str]:
+    """What each reward function is to be given: 'text' or 'tokens'."""
+    by_name = over if isinstance(over, Mapping) else dict.fromkeys(rewards, over)
+    strangers = sorted(set(by_name) - set(rewards))
+    if strangers:
+        raise ValueError(f"reward_over names {strangers}, but the rewards are {sorted(rewards)}")
+    default = "text" if can_decode else "tokens"
+    found = {name: default if by_name.get(name) is None else by_name[name] for name in rewards}
+    for kind in found.values():
+        if kind not in ("text", "tokens"):
+            raise ValueError(f"reward_over is 'text', 'tokens' or None to choose, or a mapping to these, got {kind!r}")
+    if "text" in found.values() and not can_decode:
+        raise ValueError("a reward over text needs a tokenizer with a decode method")
+    return found
 
 
 def the(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -106,7 +106,7 @@ class OnPolicyTrainer:
         prompts: Prompts,
         *,
         tokenizer: Any = None,
-        reward_over: str | None = None,
+        reward_over: str | Mapping[str, str] | None = None,
         learn_options: LearnOptions | None = None,
         missing_eos_penalty: float = 0.0,
         overlong_buffer: int = 0,

@@ -72,10 +72,31 @@ def test_what_a_reward_may_not_return(returned, error, sentence):
 
 
 def test_reward_over():
-    with pytest.raises(ValueError, match="'text', 'tokens' or None to choose, got 'words'"):
+    with pytest.raises(ValueError, match="got 'words'"):
         Scorer(count_even, over="words")
     with pytest.raises(ValueError, match="needs a tokenizer with a decode method"):
         Scorer(count_even, over="text")
+    with pytest.raises(ValueError, match=r"reward_over names \['y'\], but the rewards are \['x'\]"):
+        Scorer({"x": count_even}, over={"y": "tokens"})
+    with pytest.raises(ValueError, match="needs a tokenizer with a decode method"):
+        Scorer({"x": count_even, "y": count_even}, over={"y": "text"})
+
+
+def test_rewards_over_text_and_over_tokens_at_once():
+    seen = {}
+
+    def keeps(name):
+        return lambda prompts, responses: seen.update({name: (prompts, responses)}) or [1.0, 2.0]
+
+    class Letters:
+        def decode(self, ids):
+            return "".join(chr(ord("a") + i) for i in ids)
+
+    rewards = {"written": keeps("written"), "spoken": (keeps("spoken"), 2.0), "counted": (keeps("counted"), -1.0)}
+    scores = Scorer(rewards, Letters(), over={"counted": "tokens", "spoken": None})(GENERATED)
+    assert scores.tolist() == [2.0, 4.0]
+    assert seen["written"] == seen["spoken"] == (["fg", "i"], ["hb", "j"])
+    assert [[row.tolist() for row in rows] for rows in seen["counted"]] == [[[5, 6], [8]], [[7, 1], [9]]]
 
 
 def test_a_reward_model_scores_response_tokens():
