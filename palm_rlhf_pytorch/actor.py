@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.shared_prompts import predicting_embeds
 from palm_rlhf_pytorch.vocabulary import linear_log_probs, target_log_probs
 
 
@@ -44,10 +45,9 @@ def predictions(
     """The final embeddings of sequence (b, n) where response tokens are predicted. Padding is on the right; of packed
     rows segment_ids (b, n) tell the documents apart, each of which begins with what is no response.
     """
-    embeds = palm(sequence, return_only_embedding=True, finetune_scope=scope, segment_ids=segment_ids)
-    follows = response_mask[:, 1:]  # place t predicts token t + 1
-    scale = palm.logit_scale / (temperature or 1.0)
-    return Predictions(embeds[:, :-1][follows], palm.to_logits.weight, sequence[:, 1:][follows], scale)
+    embeds = predicting_embeds(palm, sequence, response_mask, scope, segment_ids)
+    targets = sequence[:, 1:][response_mask[:, 1:]]  # place t predicts token t + 1
+    return Predictions(embeds, palm.to_logits.weight, targets, palm.logit_scale / (temperature or 1.0))
 
 
 def response_log_probs(

@@ -332,12 +332,16 @@ class PaLM(PretrainedMixin, nn.Module):
         if self._reaches_beyond(n):
             positions = torch.arange(n, device=x.device)[None]
             (near,) = as_computed(narrowed(mask, window_mask(positions, n, self.sliding_window), x.dtype))
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
             visible = near if self.windowed[i] else mask
-            x = run(x, visible, lora[i] if lora is not None else None, rotation=rotation)
+            x = self._run(layer, x, visible, lora[i] if lora is not None else None, rotation=rotation)
         return x
+
+    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """A layer, which may be computed again for the backward pass."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+        return layer(*args, **kwargs)
 
     def _reaches_beyond(self, n: int) -> bool:
         """Whether n tokens are more than a layer's window, if there is one."""
@@ -370,7 +374,8 @@ class PaLM(PretrainedMixin, nn.Module):
         for i, layer in enumerate(self.layers):
             visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
-            x = layer(x, visible, lora[i] if lora is not None else None, rotation=rotation, remember=remember)
+            own = lora[i] if lora is not None else None
+            x = self._run(layer, x, visible, own, rotation=rotation, remember=remember)
         return x
 
     def next_logits(
