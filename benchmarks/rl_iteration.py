@@ -91,7 +91,7 @@ ABOUT_PPO = (
 )
 ABOUT_GRPO = (
     "TRL's GRPO with its defaults (no KL term) but for gradient checkpointing and bf16, 8 answers to a prompt, and a "
-    "reward that costs nothing; ours likewise."
+    "reward that costs nothing; ours likewise. Counted is a prompt for every answer; ours reads it once for all eight."
 )
 ABOUT_README = (
     "The reference, PaLM-rlhf-pytorch 0.8.0, with its defaults but for flash_attn=True, which is faster: LoRA, six "
@@ -114,7 +114,8 @@ def ppo(work: Work) -> Comparison:
 
 def grpo(work: Work) -> Comparison:
     sides = {"TRL": Side("trl_grpo", "trl_grpo", work), "ours": Side("ours_rl", None, work)}
-    return Comparison(f"GRPO iteration on TRL's work, dim {work.dim}", sides, ABOUT_GRPO)
+    title = f"GRPO iteration on TRL's work, dim {work.dim}, {work.prompt} + {work.response} tokens"
+    return Comparison(title, sides, ABOUT_GRPO)
 
 
 def readme(work: Work, once: bool) -> Comparison:
@@ -130,11 +131,12 @@ def readme(work: Work, once: bool) -> Comparison:
 COMPARISONS = {
     "trl-ppo": ppo(SMALL),
     "trl-grpo": grpo(replace(SMALL, kind="grpo", samples=8)),
+    "trl-grpo-long": grpo(replace(SMALL, kind="grpo", samples=8, prompt=256)),
     "reference": readme(README, once=False),
     "reference-long": readme(replace(README, prompt=512, response=1536), once=True),
     "trl-ppo-1b": ppo(LARGE),
 }
-BY_DEFAULT = {"cpu": ["trl-ppo", "trl-grpo", "reference", "reference-long"], "cuda": ["trl-ppo-1b"]}
+BY_DEFAULT = {"cpu": ["trl-ppo", "trl-grpo", "trl-grpo-long", "reference", "reference-long"], "cuda": ["trl-ppo-1b"]}
 
 
 def check(sides: Mapping[str, Side], sizes: Mapping[str, Mapping[str, int]], runs: Mapping[str, Runs]) -> None:

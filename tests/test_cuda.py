@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from palm_rlhf_pytorch import PaLM, RLHFTrainer
+from palm_rlhf_pytorch import PaLM, RLHFTrainer, shared_prompts
 from palm_rlhf_pytorch.actor import response_log_probs
 from palm_rlhf_pytorch.devices import accelerator_on
 from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, train_language_model
@@ -48,6 +48,29 @@ def test_windows_and_adapters_beside_bf16_generate(decoder):
     out = palm.generate(48, ids, prompt_lengths=lengths, **keywords)
     whole = response_log_probs(palm, out.sequence, out.response_mask, scope="a").log_probs
     assert (whole - out.log_probs).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("keywords", [{}, {"heads": 4, "kv_heads": 2}, WINDOW])
+@pytest.mark.parametrize("uniform", [True, False])
+def test_shared_prompts_in_bf16(keywords, uniform, monkeypatch):
+    """Learned from together they are what they are apart, and gradients as well, within what bfloat16 rounds."""
+    palm = make_palm(**keywords).cuda()
+    lengths = torch.full((8,), 20) if uniform else torch.tensor([20, 12]).repeat_interleave(4)
+    sequence = torch.randint(1, 50, (2, 32)).repeat_interleave(4, dim=0)
+    sequence[:, 20:] = torch.randint(1, 50, (8, 12))
+    mask = torch.arange(32) >= lengths[:, None]
+    sequence, mask = sequence.cuda(), mask.cuda()
+    assert shared_prompts.shared_prompts(sequence, mask).uniform is uniform
+    found = []
+    for least in (0.25, 2.0):
+        monkeypatch.setattr(shared_prompts, "LEAST_SAVED_ELSEWHERE", least)
+        with torch.autocast("cuda", torch.bfloat16):
+            log_probs = response_log_probs(palm, sequence, mask).log_probs
+        (gradient,) = torch.autograd.grad(log_probs.mean(), palm.token_emb.weight)
+        found.append((log_probs.detach(), gradient))
+    (shared, its), (whole, theirs) = found
+    assert (shared - whole).abs().max() < 0.1
+    assert (its - theirs).norm() < 0.05 * theirs.norm()
 
 
 @pytest.mark.parametrize("rows", [40, 3000])

@@ -32,8 +32,8 @@ def tiny(**keywords) -> PaLM:
 def both_ways(palm, sequence, response_mask, monkeypatch, **keywords):
     """log-probs and the weights' gradients, shared and whole."""
     found = []
-    for least in (shared_prompts.LEAST_SAVED, 2.0):
-        monkeypatch.setattr(shared_prompts, "LEAST_SAVED", least)
+    for least in (0.1, 2.0):
+        monkeypatch.setitem(shared_prompts.LEAST_SAVED, "cpu", least)
         palm.zero_grad()
         out = response_log_probs(palm, sequence, response_mask, **keywords)
         weights = torch.linspace(-1, 1, out.log_probs.numel()).view_as(out.log_probs)
