@@ -9,7 +9,12 @@ from palm_rlhf_pytorch.ops import lengths_to_mask
 PROMPTS = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [6, 7, 8, 9], [5, 0, 0, 0]])
 OF = [0, 2, 1, 0, 0, 2, 1, 3]  # rows of one prompt need not be neighbours
 LENGTHS = torch.tensor([3, 4, 2, 3, 3, 4, 2, 1])
-RESPONSES = torch.tensor([2, 5, 3, 1, 4, 2, 0, 3])
+RESPONSES = torch.tensor([2, 5, 6, 1, 4, 2, 0, 3])  # the longest is not in the longest row
+
+
+@pytest.fixture(autouse=True)
+def share_whatever_is_saved(monkeypatch):
+    monkeypatch.setitem(shared_prompts.LEAST_SAVED, "cpu", 0.0)
 
 
 def batch(uniform: bool = False, seed: int = 0):
@@ -32,14 +37,14 @@ def tiny(**keywords) -> PaLM:
 def both_ways(palm, sequence, response_mask, monkeypatch, **keywords):
     """log-probs and the weights' gradients, shared and whole."""
     found = []
-    for least in (0.1, 2.0):
+    for least in (0.0, 2.0):
         monkeypatch.setitem(shared_prompts.LEAST_SAVED, "cpu", least)
         palm.zero_grad()
         out = response_log_probs(palm, sequence, response_mask, **keywords)
         weights = torch.linspace(-1, 1, out.log_probs.numel()).view_as(out.log_probs)
         (out.log_probs * weights + 0.3 * out.entropy * weights).sum().backward()
         found.append((out, {name: p.grad.clone() for name, p in palm.named_parameters() if p.grad is not None}))
-    monkeypatch.undo()
+    monkeypatch.setitem(shared_prompts.LEAST_SAVED, "cpu", 0.0)
     return found
 
 
@@ -88,11 +93,14 @@ def test_prompts_are_read_once(uniform):
     palm, read = tiny(), []
     palm.token_emb.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     response_log_probs(palm, *batch(uniform))
-    assert read == [(4, 3), (8, 5)]  # four prompts but for their last token, five tokens of response
+    assert read == [(4, 3), (8, 6)]  # four prompts but for their last token, six tokens of response
 
 
 def test_where_there_is_nothing_to_share():
     sequence, mask = batch()
+    shared_prompts.LEAST_SAVED["cpu"] = 0.1
+    assert shared_prompts.shared_prompts(sequence, mask) is None  # 12 + 8 x 6 places instead of 8 x 8
+    shared_prompts.LEAST_SAVED["cpu"] = 0.0
     alone = sequence[[0, 1, 2, 7]], mask[[0, 1, 2, 7]]
     assert shared_prompts.shared_prompts(*alone) is None
     one_token = torch.tensor([[1, 2, 3], [1, 3, 2]]), torch.tensor([[False, True, True]]).expand(2, 3)
