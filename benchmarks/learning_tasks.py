@@ -31,6 +31,7 @@ class Task:
     lr: float
     batch: int  # prompts an update, each answered eight times
     epochs: int = 4  # passes over them
+    minibatches: int = 1  # optimiser steps a pass
     dim: int = 64
     depth: int = 2
     modes: Tensor | None = None  # where several answers are right: how evenly they are covered is measured
@@ -53,8 +54,7 @@ def reversal(length: int) -> Task:
     prompts = torch.tensor([(2, *tokens) for tokens in product((0, 1), repeat=length)])
     right = lambda p, r: torch.equal(r % 2, p[1:].flip(0))  # noqa: E731
     batch, updates = min(100, 2**length), 100 * (length - 2)
-    lr = 3e-3 if batch == 100 else 1e-3
-    return Task(f"reversal {length}", 4, prompts, length, right, updates, lr, batch, epochs=1)
+    return Task(f"reversal {length}", 4, prompts, length, right, updates, 1e-3, batch, epochs=1, minibatches=4)
 
 
 MODES = torch.tensor([[1, 1, 2], [2, 3, 1], [3, 2, 2], [4, 4, 4]])
@@ -88,10 +88,7 @@ IN_REVERSAL: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"entropy": 0.05},
     **{name: {"kl": 0.04, "kl_in": "loss"} for name in LIKE_GRPO},
 }
-REVERSAL_RUNS: dict[str, Callable[[Task], dict[str, Any]]] = {
-    "ppo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 4 // 5},
-    "tpo": lambda task: {"lr": 1e-3, "epochs": 4, "updates": task.updates * 4 // 5},
-}
+TWO_PASSES = ("ppo", "tpo")
 
 
 def options_of(task: Task, algorithm: str) -> dict[str, Any]:
@@ -107,9 +104,9 @@ def is_reversal(task: Task) -> bool:
 
 def for_algorithm(task: Task, algorithm: str) -> Task:
     """The task as this algorithm takes it."""
-    if not is_reversal(task) or algorithm not in REVERSAL_RUNS:
+    if not is_reversal(task) or algorithm not in TWO_PASSES:
         return task
-    return replace(task, **REVERSAL_RUNS[algorithm](task))
+    return replace(task, epochs=2, updates=task.updates * 4 // 5)
 
 
 class Shuffled:
@@ -137,7 +134,7 @@ def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
         algorithm,
         Shuffled(task.reward, seed) if shuffled else task.reward,
         Prompts(task.prompts, pad_value=-1),
-        learn_options=LearnOptions(8 * task.batch, epochs=task.epochs, max_norm=1.0),
+        learn_options=LearnOptions(8 * task.batch // task.minibatches, epochs=task.epochs, max_norm=1.0),
         seed=seed,
         accelerate_kwargs={"cpu": True},
     )
