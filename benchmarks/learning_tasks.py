@@ -127,7 +127,7 @@ def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
     palm = PaLM(num_tokens=task.tokens, flash_attn=True, **sizes)  # as many weights as a plain feedforward times 4
     options = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}, **options_of(task, name)}
     algorithm = algorithm_class(name).for_policy(palm, **options)
-    if options["own_optim"]["lr"] == 0.0:
+    if options["own_optim"].get("lr") == 0.0:
         algorithm.critic_loss = None  # it would only cost time
     return OnPolicyTrainer(
         algorithm.new_actor(palm, actor_lora=False),

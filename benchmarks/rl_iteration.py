@@ -51,11 +51,11 @@ class Work:
         """What the algorithm needs: 2 N a token read; 6 N a token trained on, 4 N where the weights are frozen.
 
         PPO reads to sample, for the reference, the values and the reward, and trains two models. GRPO reads to sample
-        and for the old log-probs, and trains one.
+        and for the old log-probs, and trains one. Samples of one prompt need it read once.
         """
         reads, models = (2, 1) if self.kind == "grpo" else (4, 2)
         per_token = 2 * reads + (4 if self.lora else 6) * models * self.epochs
-        return per_token * parameters * self.batch * (self.prompt + self.response)
+        return per_token * parameters * self.batch * (self.prompt / self.samples + self.response)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ ABOUT_PPO = (
 )
 ABOUT_GRPO = (
     "TRL's GRPO with its defaults (no KL term) but for gradient checkpointing and bf16, 8 answers to a prompt, and a "
-    "reward that costs nothing; ours likewise. Counted is a prompt for every answer; ours reads it once for all eight."
+    "reward that costs nothing; ours likewise. All answers have one length, the best case for "
+    "sharing prompts."
 )
 ABOUT_README = (
     "The reference, PaLM-rlhf-pytorch 0.8.0, with its defaults but for flash_attn=True, which is faster: LoRA, six "

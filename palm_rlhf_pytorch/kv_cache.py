@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from copy import copy
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+
+class Memory(Protocol):
+    """What `PaLM` asks of a cache: where its rows are, and what their new queries may look at."""
+
+    lengths: Tensor  # (b,) positions before the new ones, or (1,) for all rows
+    centre: int  # of xpos
+    filled: int  # no row has more positions; 0: this is the first pass
+    recomputable: bool  # a layer may be computed again, which extends again
+
+    def reserve(self, n: int) -> None: ...
+
+    def span(self, n: int) -> int: ...
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, first: bool) -> tuple[Tensor, Tensor]: ...
+
+    def advance(self, lengths: Tensor | int, most: int) -> None: ...
 
 
 class KVCache:
@@ -20,6 +38,8 @@ class KVCache:
     all slots as well, and mask the older ones: a ring of `window` slots would save their memory, but a slot would no
     longer be a position, and ragged rows, growth and layers that see everything would each need rules of their own.
     """
+
+    recomputable = False  # a layer that is computed again would write again
 
     def __init__(
         self,

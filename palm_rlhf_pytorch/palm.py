@@ -19,7 +19,7 @@ from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, narrowed, segment_mask, window_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
-from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
 from palm_rlhf_pytorch.pretrained import PretrainedMixin
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
@@ -277,7 +277,7 @@ class PaLM(PretrainedMixin, nn.Module):
         return_logits_with_embedding: bool = False,
         *,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Memory | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
@@ -337,9 +337,9 @@ class PaLM(PretrainedMixin, nn.Module):
             x = self._run(layer, x, visible, lora[i] if lora is not None else None, rotation=rotation)
         return x
 
-    def _run(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """A layer, which may be computed again for the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _run(self, layer: nn.Module, *args: Any, recomputable: bool = True, **kwargs: Any) -> Tensor:
+        """A layer, which is computed again for the backward pass where that is wanted."""
+        if recomputable and self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
 
@@ -347,7 +347,7 @@ class PaLM(PretrainedMixin, nn.Module):
         """Whether n tokens are more than a layer's window, if there is one."""
         return self.sliding_window is not None and n > self.sliding_window
 
-    def _cached(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, cache: KVCache) -> Tensor:
+    def _cached(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, cache: Memory) -> Tensor:
         if not self.causal:
             raise ValueError("an encoder (causal=False) sees the future and cannot use a key/value cache")
         n = x.shape[1]
@@ -356,7 +356,7 @@ class PaLM(PretrainedMixin, nn.Module):
         cache.advance(n if mask is None else mask.sum(dim=-1), n)
         return x
 
-    def _after(self, x: Tensor, lora: nn.ModuleList | None, cache: KVCache, first: bool = False) -> Tensor:
+    def _after(self, x: Tensor, lora: nn.ModuleList | None, cache: Memory, first: bool = False) -> Tensor:
         """The layers on x (b, n, d), which follows what is cached; their keys and values are stored."""
         n = x.shape[1]
         positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
@@ -366,16 +366,17 @@ class PaLM(PretrainedMixin, nn.Module):
         if not first:
             unseen = torch.arange(slots, device=x.device) > positions[..., None]
             # added to the scores, made once for all layers
-            far = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+            (far,) = as_computed(torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, -torch.inf)[:, None])
         near = far
         if self._reaches_beyond(slots):
             rows = positions[:1] if first else positions  # at first all begin at 0
-            near = added_to_scores(window_mask(rows, slots, self.sliding_window), x.dtype)
+            (near,) = as_computed(added_to_scores(window_mask(rows, slots, self.sliding_window), x.dtype))
         for i, layer in enumerate(self.layers):
             visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
             own = lora[i] if lora is not None else None
-            x = self._run(layer, x, visible, own, rotation=rotation, remember=remember)
+            keywords = {"rotation": rotation, "remember": remember, "recomputable": cache.recomputable}
+            x = self._run(layer, x, visible, own, **keywords)
         return x
 
     def next_logits(

@@ -56,7 +56,8 @@ class Scorer:
         for name, (one, _) in self.rewards.items():
             if not callable(one):
                 raise TypeError(f"{the(name)} must be a RewardModel or a function, got {type(one).__name__}")
-        self.tokenizer, self.over = tokenizer, read_over(over, self.rewards, hasattr(tokenizer, "decode"))
+        functions = {name: one for name, one in self.rewards.items() if not isinstance(one[0], RewardModel)}
+        self.tokenizer, self.over = tokenizer, read_over(over, functions, hasattr(tokenizer, "decode"))
 
     @property
     def models(self) -> list[nn.Module]:
@@ -132,21 +133,24 @@ class Scorer:
 
     def _pieces(self, sequence: Tensor, mask: Tensor, over: str) -> list:
         """The tokens (b, n) under a mask, row by row, as ids or as text."""
-        ids = list(sequence[mask].split(mask.sum(dim=-1).tolist()))
-        return [self.tokenizer.decode(row.tolist()) for row in ids] if over == "text" else ids
+        ids = sequence[mask].split(mask.sum(dim=-1).tolist())
+        if over == "text":
+            return [self.tokenizer.decode(row.tolist()) for row in ids]
+        return [row.clone() for row in ids]  # a view would carry the whole batch with it, also to other processes
 
 
 def read_over(over: str | Mapping[str, str] | None, rewards: Mapping[str, Any], can_decode: bool) -> dict[str, str]:
-    """What each reward function is to be given: 'text' or 'tokens'."""
+    """What each reward function is to be given, by name: 'text' or 'tokens'. `rewards` are the functions."""
     by_name = over if isinstance(over, Mapping) else dict.fromkeys(rewards, over)
-    strangers = sorted(set(by_name) - set(rewards))
+    strangers = [name for name in by_name if name not in rewards]
     if strangers:
-        raise ValueError(f"reward_over names {strangers}, but the rewards are {sorted(rewards)}")
+        there = "no names: give the rewards as {name: reward}" if "" in rewards else f"functions {sorted(rewards)}"
+        raise ValueError(f"reward_over names {strangers}, but there are {there}")
+    for kind in over.values() if isinstance(over, Mapping) else (over,):
+        if kind not in ("text", "tokens", None):
+            raise ValueError(f"reward_over is 'text', 'tokens' or None to choose, or a mapping to these, got {kind!r}")
     default = "text" if can_decode else "tokens"
     found = {name: default if by_name.get(name) is None else by_name[name] for name in rewards}
-    for kind in found.values():
-        if kind not in ("text", "tokens"):
-            raise ValueError(f"reward_over is 'text', 'tokens' or None to choose, or a mapping to these, got {kind!r}")
     if "text" in found.values() and not can_decode:
         raise ValueError("a reward over text needs a tokenizer with a decode method")
     return found

@@ -62,8 +62,8 @@ def test_shared_prompts_in_bf16(keywords, uniform, monkeypatch):
     sequence, mask = sequence.cuda(), mask.cuda()
     assert shared_prompts.shared_prompts(sequence, mask).uniform is uniform
     found = []
-    for least in (0.25, 2.0):
-        monkeypatch.setattr(shared_prompts, "LEAST_SAVED_ELSEWHERE", least)
+    for pays in (True, False):
+        monkeypatch.setattr(shared_prompts.SharedPrompts, "pays", lambda *_, pays=pays: pays)
         with torch.autocast("cuda", torch.bfloat16):
             log_probs = response_log_probs(palm, sequence, mask).log_probs
         (gradient,) = torch.autograd.grad(log_probs.mean(), palm.token_emb.weight)

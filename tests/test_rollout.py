@@ -76,8 +76,17 @@ def test_reward_over():
         Scorer(count_even, over="words")
     with pytest.raises(ValueError, match="needs a tokenizer with a decode method"):
         Scorer(count_even, over="text")
-    with pytest.raises(ValueError, match=r"reward_over names \['y'\], but the rewards are \['x'\]"):
+    with pytest.raises(ValueError, match=r"names \['y'\], but there are functions \['x'\]"):
         Scorer({"x": count_even}, over={"y": "tokens"})
+    with pytest.raises(ValueError, match="no names: give the rewards as"):
+        Scorer(count_even, over={"y": "tokens"})
+    model = RewardModel(tiny_palm(3, causal=False), num_binned_output=5)
+    with pytest.raises(
+        ValueError, match=r"names \['m'\], but there are functions \['x'\]"
+    ):  # a model reads what it reads
+        Scorer({"x": count_even, "m": model}, over={"m": "tokens"})
+    with pytest.raises(ValueError, match="got 'words'"):
+        Scorer(model, over="words")
     with pytest.raises(ValueError, match="needs a tokenizer with a decode method"):
         Scorer({"x": count_even, "y": count_even}, over={"y": "text"})
 
@@ -97,6 +106,7 @@ def test_rewards_over_text_and_over_tokens_at_once():
     assert scores.tolist() == [2.0, 4.0]
     assert seen["written"] == seen["spoken"] == (["fg", "i"], ["hb", "j"])
     assert [[row.tolist() for row in rows] for rows in seen["counted"]] == [[[5, 6], [8]], [[7, 1], [9]]]
+    assert seen["counted"][0][0].untyped_storage().nbytes() == 2 * 8  # its own: no batch goes with it
 
 
 def test_a_reward_model_scores_response_tokens():
