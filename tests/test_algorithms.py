@@ -398,7 +398,7 @@ def test_padding_changes_nothing(name):
         losses.append(loss.item())
         grads = torch.autograd.grad(loss, parameters(trainer), allow_unused=True)
         gradients.append([torch.zeros(()) if g is None else g for g in grads])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
     assert_close(gradients[1], gradients[0])
 
 
