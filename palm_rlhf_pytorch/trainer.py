@@ -120,7 +120,8 @@ class OnPolicyTrainer:
         self.accelerate = Accelerator(**(accelerate_kwargs or {}))
         if self.accelerate.log_with:
             self.accelerate.init_trackers("palm_rlhf_pytorch")
-            atexit.register(self.accelerate.end_training)  # trackers that buffer write their last lines
+        if self.accelerate.log_with or self.accelerate.num_processes > 1:
+            atexit.register(self.accelerate.end_training)  # trackers write their last lines, processes take their leave
         self.options = learn_options or LearnOptions()
         self.penalties = RolloutOptions(
             missing_eos_penalty=missing_eos_penalty, overlong_buffer=overlong_buffer, overlong_penalty=overlong_penalty
