@@ -16,6 +16,7 @@ from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_larg
 from palm_rlhf_pytorch.vocabulary import log_softmax
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
+WRITE_EVERY = 256  # steps whose tokens are laid into their sequences together
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,15 @@ class Rows:
         self.prompts, self.lengths, self.limits = prompts, lengths, limits
         self.waiting = lengths.argsort(descending=True, stable=True)
         self.rows = self.waiting[:0]
+        self.ends = limits[:0]  # of the rows at work
         self.tokens = prompts.new_empty(0)
         self.alive = torch.empty(0, dtype=torch.bool, device=prompts.device)
         self.ended = 0  # rows that have left
 
     def look(self, batch: int, **forward_kwargs) -> bool:
         """Let rows that have ended go and others come; whether any is left. Waits for the device."""
+        if (self.rows.numel() == batch or not self.waiting.numel()) and self.alive.all():
+            return self.rows.numel() > 0
         alive = self.alive.nonzero().squeeze(-1)
         free = batch - alive.numel()
         come = min(free, self.waiting.numel()) if free >= max(1, batch // 4) or alive.numel() == 0 else 0
@@ -150,7 +154,8 @@ class Rows:
         self.ended += self.rows.numel() - stay.numel()
         if stay.numel() < self.rows.numel():
             order = self.decoder.cache.keep(stay)
-            self.rows, self.tokens, self.alive = self.rows[order], self.tokens[order], self.alive[order]
+            kept = (t[order] for t in (self.rows, self.ends, self.tokens, self.alive))
+            self.rows, self.ends, self.tokens, self.alive = kept
         if ended.numel():
             self.decoder.cache.restart(~self.alive)  # or they would run out of room
         if come:
@@ -177,7 +182,7 @@ class Rows:
                 )
                 part.repeat(once, copy_of)
             cache.join(part)
-        self.rows = torch.cat((self.rows, rows))
+        self.rows, self.ends = torch.cat((self.rows, rows)), torch.cat((self.ends, self.limits[rows]))
         self.tokens = torch.cat((self.tokens, self.prompts[rows, lengths]))
         self.alive = torch.cat((self.alive, torch.ones_like(rows, dtype=torch.bool)))
 
@@ -217,7 +222,7 @@ def decode(
             positions = step.cache.lengths
             yield Step(rows.rows, positions, tokens, log_probs, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1
-            rows.alive = rows.alive & (positions + 1 < limits[rows.rows])
+            rows.alive = rows.alive & (positions + 1 < rows.ends)
             if eos is not None:
                 rows.alive = rows.alive & ~torch.isin(tokens, eos)
 
@@ -238,39 +243,59 @@ def generate(
     `on_ended` hears of rows that have ended, how many since the last time.
     """
     check_prompts(prompts, lengths, model.num_tokens)
-    batch, n = prompts.shape
-    limits = lengths.new_full((batch,), max_len)
-    width = max(max_len, n + 1)
-    prompt_mask = lengths_to_mask(lengths, width + 1)  # the last column takes what is drawn for rows that have ended
-    sequence = prompts.new_full((batch, width + 1), pad_value)
-    sequence[:, :n] = prompts
-    sequence = sequence.masked_fill(~prompt_mask, pad_value)
-    response_mask = torch.zeros_like(prompt_mask)
-    log_probs = torch.zeros(batch, width + 1, device=prompts.device)
-
-    heard = 0
+    limits = lengths.new_full(lengths.shape, max_len)
+    answers, heard = Answers(prompts, lengths, max_len, pad_value), 0
     with tqdm(total=int((limits - lengths).clamp(min=1).sum()), unit="token", disable=not use_tqdm) as bar:
         for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
-            place = step.rows, torch.where(step.alive, step.positions, width)
-            sequence[place] = step.tokens
-            response_mask[place] = True
-            if step.log_probs is not None:
-                log_probs[place] = step.log_probs
+            answers.add(step)
             bar.update(step.rows.numel())
             if on_ended is not None and step.ended > heard:
                 on_ended(step.ended - heard)
                 heard = step.ended
     if on_ended is not None:
-        on_ended(batch - heard)
-    mask = (prompt_mask | response_mask)[:, :width]
-    end = int(mask.sum(dim=-1).max())
-    wanted = decode_kwargs.get("return_log_probs", False)
-    return Generation(
-        sequence[:, :end],
-        prompt_mask[:, :end],
-        response_mask[:, :end],
-        log_probs[:, :end] if wanted else None,
-    )
+        on_ended(len(prompts) - heard)
+    return answers.whole(decode_kwargs.get("return_log_probs", False))
+
+
+class Answers:
+    """Prompts (b, n) of given lengths (b,), right padded, and the places behind them that steps are laid into: many at
+    once, for each write costs as much as a small part of the model.
+    """
+
+    def __init__(self, prompts: Tensor, lengths: Tensor, max_len: int, pad_value: int):
+        batch, n = prompts.shape
+        self.prompt_mask = lengths_to_mask(lengths, max(max_len, n + 1))
+        self.sequence = prompts.new_full(self.prompt_mask.shape, pad_value)
+        self.sequence[:, :n] = prompts.masked_fill(~self.prompt_mask[:, :n], pad_value)
+        self.response_mask = torch.zeros_like(self.prompt_mask)
+        self.log_probs = torch.zeros(self.prompt_mask.shape, device=prompts.device)
+        self.steps: list[Step] = []
+
+    def add(self, step: Step) -> None:
+        self.steps.append(step)
+        if len(self.steps) == WRITE_EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Lay out what was added since the last time; what was drawn for rows that had ended is left out."""
+        if not self.steps:
+            return
+        alive = torch.cat([step.alive for step in self.steps])
+        rows, positions, tokens = (
+            torch.cat([getattr(step, name) for step in self.steps])[alive] for name in ("rows", "positions", "tokens")
+        )
+        self.sequence[rows, positions] = tokens
+        self.response_mask[rows, positions] = True
+        if self.steps[0].log_probs is not None:
+            self.log_probs[rows, positions] = torch.cat([step.log_probs for step in self.steps])[alive]
+        self.steps.clear()
+
+    def whole(self, log_probs: bool) -> Generation:
+        """All of it, as wide as the longest."""
+        self.write()
+        end = int((self.prompt_mask | self.response_mask).sum(dim=-1).max())
+        fields = self.sequence, self.prompt_mask, self.response_mask, self.log_probs if log_probs else None
+        return Generation(*(None if t is None else t[:, :end] for t in fields))
 
 
 def stream(

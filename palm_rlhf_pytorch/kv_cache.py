@@ -95,10 +95,13 @@ class KVCache:
         both = rearrange([k, v], "two b h n d -> b n two h d")
         self.memory[layer][self.places[:, None], positions] = both.to(self.memory.dtype)
 
-    def write_one(self, layer: int, kv: Tensor) -> None:
+    def next_slots(self) -> Tensor:
+        """Where in a layer's memory each row's next position is, (b,): for `write_one`."""
+        return torch.add(self.lengths, self.places, alpha=self.max_len)
+
+    def write_one(self, layer: int, kv: Tensor, slots: Tensor) -> None:
         """Store one position of every row, its keys and then its values side by side: (b, 2 kv_heads d)."""
-        slots = self.memory[layer].view(-1, kv.shape[-1])
-        slots.index_copy_(0, self.places * self.max_len + self.lengths, kv)
+        self.memory[layer].view(-1, kv.shape[-1]).index_copy_(0, slots, kv)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` slots, as views (b, kv_heads, length, d)."""

@@ -83,15 +83,19 @@ class PackedLayer:
         self.rotates, self.centres, self.eps = block.rotates, block.qk_layernorm, block.norm.eps
         self.gains = block.heads_gains.detach() if block.qk_rmsnorm or block.qk_layernorm else None
 
-    def __call__(self, x: Tensor, turns: HeadsRotation, cache: KVCache, layer: int, visible: Tensor | None) -> Tensor:
-        """x (m, dim); turns of the rows' positions (m, heads, d); visible (m, 1, 1, j), added to the scores."""
+    def __call__(
+        self, x: Tensor, turns: HeadsRotation, cache: KVCache, layer: int, slots: Tensor, visible: Tensor | None
+    ) -> Tensor:
+        """x (m, dim); turns of the rows' positions (m, heads, d); slots (m,), where the cache takes them; visible
+        (m, 1, 1, j), added to the scores.
+        """
         m, d, (attn, kv, _, _) = len(x), turns.cos.shape[-1], self.sizes
         y = self.into(self.norm(x))
         straight = y[:, : attn + kv].view(m, self.heads + self.kv_heads, d)
         qk = self._turned(straight, turns)
         if qk is not straight:
             y[:, attn : attn + kv] = qk[:, self.heads :].reshape(m, kv)  # keys, turned, beside the values
-        cache.write_one(layer, y[:, attn : attn + 2 * kv])
+        cache.write_one(layer, y[:, attn : attn + 2 * kv], slots)
         keys, values = cache.read(layer, cache.span(1))
         q = qk[:, : self.heads].reshape(m, self.kv_heads, -1, d)  # heads that share a key are one query axis
         inner = x.new_empty(m, attn + self.sizes[-1] // 2)
@@ -127,12 +131,12 @@ class PackedStep:
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if versions(self.sources) != self.versions:
             self._pack()
-        positions, turns = cache.lengths, self._turns(cache)
+        positions, slots, turns = cache.lengths, cache.next_slots(), self._turns(cache)
         turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
         far, near = self._visible(positions, cache.span(1))
         x = F.embedding(tokens, self.palm.token_emb.weight)
         for i, layer in enumerate(self.layers):
-            x = layer(x, turns, cache, i, near if self.palm.windowed[i] else far)
+            x = layer(x, turns, cache, i, slots, near if self.palm.windowed[i] else far)
         logits = self.to_logits(self.norm(x))
         return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
 

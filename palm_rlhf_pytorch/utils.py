@@ -48,13 +48,12 @@ def inverse_cdf_sample(log_probs: Tensor, generator: torch.Generator | None = No
     """Draw from log_probs (b, v) along the last axis -> (b,): where their running sum first passes a uniform number.
 
     One random number a row where `gumbel_sample` takes v: on a CPU those cost more than the model. Summed in float64;
-    what has no probability is never drawn.
+    what has no probability is never drawn: a number that is below 1 by 2^-53 or more stays below the sum, rounded too.
     """
     cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
     uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device, generator=generator)
-    below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, below, right=True).squeeze(-1)
+    return torch.searchsorted(cdf, uniform * total, right=True).squeeze(-1)
 
 
 def keep_largest(logits: Tensor, count: int) -> Tensor:

@@ -383,6 +383,18 @@ def test_a_bounded_batch_gives_what_one_batch_gives(make_palm, max_batch, ends):
     assert max(rows for rows, _ in seen) == min(max_batch, 7)
 
 
+@pytest.mark.parametrize("write_every", [1, 5])
+@pytest.mark.parametrize("max_batch", [None, 3])
+def test_how_often_answers_are_written_changes_nothing(make_palm, monkeypatch, max_batch, write_every):
+    model = make_palm()
+    eos, held, add = some_eos(model), [], generation.Answers.add
+    whole = many(model, eos_token=eos, pad_value=3)
+    monkeypatch.setattr(generation, "WRITE_EVERY", write_every)
+    monkeypatch.setattr(generation.Answers, "add", lambda self, step: held.append((add(self, step), len(self.steps))))
+    assert_same(many(model, eos_token=eos, pad_value=3, max_batch=max_batch), whole)
+    assert max(steps for _, steps in held) == write_every - 1  # and no more is kept
+
+
 def test_a_place_is_not_empty_for_long(make_palm):
     model = make_palm()
     eos = some_eos(model)
@@ -557,10 +569,11 @@ def test_an_encoder_cannot_generate(make_palm):
 # helpers
 
 
-def test_limits_may_differ_from_row_to_row(make_palm):
+@pytest.mark.parametrize("max_batch", [None, 1, 2])
+def test_limits_may_differ_from_row_to_row(make_palm, max_batch):
     model = make_palm()
-    rows = {0: [], 1: [], 2: []}
-    for step in generation.decode(model, RAGGED, LENGTHS, torch.tensor([7, 9, 3]), generation.Sampling(0.0)):
+    rows, ends = {0: [], 1: [], 2: []}, torch.tensor([7, 9, 3])
+    for step in generation.decode(model, RAGGED, LENGTHS, ends, generation.Sampling(0.0), max_batch=max_batch):
         for row, position, token in zip(step.rows.tolist(), step.positions.tolist(), step.tokens.tolist(), strict=True):
             assert position == LENGTHS[row] + len(rows[row])
             rows[row].append(token)

@@ -233,7 +233,7 @@ def test_writing_one_position_is_writing():
     two.memory.copy_(one.memory)
     k, v = torch.randn(2, 3, 2, 1, 3)
     one.write(1, k, v, one.lengths[:, None])
-    two.write_one(1, torch.cat((k.reshape(3, 6), v.reshape(3, 6)), dim=-1))
+    two.write_one(1, torch.cat((k.reshape(3, 6), v.reshape(3, 6)), dim=-1), two.next_slots())
     assert torch.equal(one.memory, two.memory)
 
 

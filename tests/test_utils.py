@@ -97,9 +97,13 @@ def test_inverse_cdf_sample_follows_the_distribution_and_never_draws_what_has_no
     assert (frequencies[[0, 2, 5]] == 0).all()
 
 
-def test_inverse_cdf_sample_at_the_ends(monkeypatch):
-    """The smallest and largest uniform numbers draw the first and last token that have a probability."""
-    log_probs = torch.tensor([[0.0, 0.3, 0.7, 0.0]]).log()
-    for uniform, token in ((0.0, 1), (1.0, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *_, u=uniform, **__: torch.full((1, 1), u, dtype=torch.float64))
-        assert utils.inverse_cdf_sample(log_probs).tolist() == [token]
+@pytest.mark.parametrize("uniform, token", [(0.0, 1), (1 - 2**-53, 17)])
+def test_inverse_cdf_sample_at_the_ends(monkeypatch, uniform, token):
+    """The smallest and largest numbers that torch.rand gives draw the first and last token that have a probability,
+    whatever their probabilities add up to.
+    """
+    torch.manual_seed(0)
+    log_probs = torch.randn(20_000, 20).log_softmax(dim=-1)
+    log_probs[:, [0, 18, 19]] = -torch.inf
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, uniform, dtype=torch.float64))
+    assert (utils.inverse_cdf_sample(log_probs) == token).all()
