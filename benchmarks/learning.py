@@ -53,8 +53,9 @@ class Run(NamedTuple):
             accuracies, points = preferences.run(self.seed, 0.5 if self.shuffled else preferences.FLIPS)
             found = {**accuracies, "points": [asdict(point) for point in points]}
         else:
-            task = for_algorithm(TASKS[self.task](), self.algorithm)
-            found = learn(replace(task, **changes), self.algorithm, self.seed, self.shuffled)
+            task, changed = for_algorithm(TASKS[self.task](), self.algorithm), dict(changes)
+            own = changed.pop("options", {})
+            found = learn(replace(task, **changed), self.algorithm, self.seed, self.shuffled, own)
         return {**self._asdict(), "changes": changes, **found, "seconds": round(time.perf_counter() - started)}
 
 
@@ -177,6 +178,17 @@ def draw_points(axis: Any, rows: list[Row]) -> None:
     axis.set_ylabel("mean true reward, in the reference's standard deviations")
 
 
+def name_and_value(text: str) -> tuple[str, float | str]:
+    """NAME=VALUE, a number where it is one."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"an option is NAME=VALUE, got {text!r}")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", choices=(*TASKS, PAIRS))
@@ -187,12 +199,20 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="learning rate, instead of each task's own")
     parser.add_argument("--batch", type=int, help="prompts an update, instead of each task's own number")
     parser.add_argument("--epochs", type=int, help="passes over a batch, instead of each task's own number")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        type=name_and_value,
+        metavar="NAME=VALUE",
+        help="the algorithm's own, instead of the task's: kl=0.2, say",
+    )
     parser.add_argument("--no-control", action="store_true", help="without shuffled rewards")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning.jsonl"), help="(default: runs/learning.jsonl)")
     parser.add_argument("--plot", type=Path, help="where to draw the curves (.png)")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("updates", "lr", "batch", "epochs")}
+    given["options"] = None if options.options is None else dict(options.options)
     changes = {name: value for name, value in given.items() if value is not None}
     asked = wanted(options)
 

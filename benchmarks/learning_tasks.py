@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -120,12 +120,13 @@ class Shuffled:
         return scores[torch.randperm(len(scores), generator=self.generator)]
 
 
-def build(task: Task, name: str, seed: int, shuffled: bool) -> OnPolicyTrainer:
-    """A policy with random weights, all of which are trained."""
+def build(task: Task, name: str, seed: int, shuffled: bool, own: Mapping[str, Any] | None = None) -> OnPolicyTrainer:
+    """A policy with random weights, all of which are trained. `own`: the algorithm's options instead of the task's."""
     torch.manual_seed(seed)
     sizes = {"dim": task.dim, "depth": task.depth, "heads": 2, "dim_head": 32, "ff_mult": 8 / 3}
     palm = PaLM(num_tokens=task.tokens, flash_attn=True, **sizes)  # as many weights as a plain feedforward times 4
-    options = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}, **options_of(task, name)}
+    optimisers = {"actor_optim": {"lr": task.lr}, "own_optim": {"lr": task.lr}}
+    options = {**optimisers, **options_of(task, name), **(own or {})}
     algorithm = algorithm_class(name).for_policy(palm, **options)
     if options["own_optim"].get("lr") == 0.0:
         algorithm.critic_loss = None  # it would only cost time
@@ -158,9 +159,9 @@ def measured(task: Task, trainer: OnPolicyTrainer, count: int = 4096) -> tuple[f
     return right, float(torch.special.entr(counts / counts.sum()).sum().exp()) if counts.sum() else 0.0
 
 
-def learn(task: Task, name: str, seed: int, shuffled: bool) -> dict[str, Any]:
+def learn(task: Task, name: str, seed: int, shuffled: bool, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """-> what was `measured` before and after, and each update's reward. The learning rate falls to 0 along a line."""
-    trainer = build(task, name, seed, shuffled)
+    trainer = build(task, name, seed, shuffled, own)
     before, modes_before = measured(task, trainer)
     full = [group["lr"] for group in trainer.optimizer.param_groups]
 

@@ -42,6 +42,7 @@ class Algorithm(nn.Module):
 
     samples_per_prompt: int = 1
     needs_reference: bool = False  # whether log-probs of the starting policy are wanted
+    raw_scores: bool = False  # whether scores must be what the reward gave, without penalties and not scaled
     whole_groups: bool = False  # whether the loss compares samples of one prompt, which are then computed together
     # what a token counts for in a minibatch's loss: see `ops.token_shares`; "constant": the room that responses have
     normalization: str | int = "token"

@@ -26,9 +26,10 @@ class Experience:
     prompt_mask: Tensor  # (b, n) bool
     response_mask: Tensor  # (b, n) bool, the first EOS included
     log_probs: Tensor  # (b, n) of the policy that sampled, at its temperature
-    scores: Tensor  # (b,) what the reward gave
+    scores: Tensor  # (b,) what the reward gave, less penalties
     finished: Tensor  # (b,) bool, the response ended with EOS
     group_ids: Tensor  # (b,) samples of one prompt share one
+    raw_scores: Tensor | None = None  # (b,) before penalties, where there are any
     ref_log_probs: Tensor | None = None  # (b, n) of the frozen starting policy
     token_rewards: Tensor | None = None  # (b, n) what a process reward gave each token
     values: Tensor | None = None  # (b, n) of the prefix before token t

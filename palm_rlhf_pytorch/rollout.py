@@ -40,6 +40,11 @@ class RolloutOptions:
         if self.overlong_buffer < 0:
             raise ValueError(f"overlong_buffer is a number of tokens, 0 for no penalty, got {self.overlong_buffer}")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether anything is taken from a score."""
+        return self.missing_eos_penalty != 0 or self.overlong_buffer > 0
+
 
 class Scorer:
     """Turns any reward into a function of a `Generation`.
@@ -244,14 +249,15 @@ def roll_out(
     tokens = None if options.rows_at_once is None else options.rows_at_once * experience.sequence.shape[1]
     experience = experience.by_length(with_log_probs, tokens)
     components = scorer.components(experience, tokens, options.max_batch)
-    scores = scorer.total(components) - options.missing_eos_penalty * ~finished
+    raw = scorer.total(components)
+    scores = raw - options.missing_eos_penalty * ~finished
     if options.overlong_buffer:
         limits = options.max_seq_len - experience.prompt_mask.sum(dim=-1)
         punishment = soft_overlong_punishment(experience.lengths, limits, options.overlong_buffer)
         scores = scores + options.overlong_penalty * punishment
     if scorer.named:
         experience = experience.with_extra(**{REWARD + name: t for name, t in components.items()})
-    return replace(experience, scores=scores)
+    return replace(experience, scores=scores, raw_scores=raw if options.penalises else None)
 
 
 def ends_with_eos(sequence: Tensor, mask: Tensor, eos_token: int | tuple[int, ...] | None) -> Tensor:

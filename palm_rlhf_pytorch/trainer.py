@@ -126,6 +126,11 @@ class OnPolicyTrainer:
         self.penalties = RolloutOptions(
             missing_eos_penalty=missing_eos_penalty, overlong_buffer=overlong_buffer, overlong_penalty=overlong_penalty
         )
+        if algorithm.raw_scores and (self.penalties.penalises or self.options.normalize_reward):
+            raise ValueError(
+                f"{type(algorithm).__name__} needs scores as the reward gives them: leave out missing_eos_penalty, "
+                "overlong_buffer and normalize_reward"
+            )
         self.prompts = prompts
         self.prompts.check(actor_critic.actor_palm.num_tokens)
         self.tokenizer = tokenizer

@@ -20,7 +20,7 @@ from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped
 from palm_rlhf_pytorch.algorithms.reinforce_pp import ReinforcePP, ReinforcePPBaseline, k2
 from palm_rlhf_pytorch.algorithms.rloo import RLOO, leave_one_out, of_sequence
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
-from palm_rlhf_pytorch.algorithms.spo import penalised
+from palm_rlhf_pytorch.algorithms.spo import SPO, penalised
 from palm_rlhf_pytorch.algorithms.tpo import TPO, z_scores
 from palm_rlhf_pytorch.experience import Experience, padded
 from palm_rlhf_pytorch.prompts import Prompts
@@ -205,6 +205,26 @@ def test_max_rl_by_hand():
         MaxRL().target(grouped([0.5, 0.0, 1.0, 1.0]))
 
 
+def test_max_rl_weighs_long_and_short_answers_alike():
+    """The score of a response is the sum over its tokens; but for one factor the gradient is that of `by_hand`."""
+    e, algorithm = grouped([1.0, 0.0, 0.0, 1.0]), MaxRL()
+    found = -gradient(algorithm, algorithm.target(e))
+    weights = found.sum(dim=-1) / e.lengths
+    expected = torch.tensor([1 / 2, 0, 0, 1 / 2]) - 1 / 4  # mean of the successes less mean of all
+    torch.testing.assert_close(weights / weights[0], expected / expected[0])
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"missing_eos_penalty": 0.5}, {"overlong_buffer": 2}, {"learn_options": LearnOptions(normalize_reward=True)}],
+)
+def test_max_rl_takes_rewards_as_they_are(keywords):
+    with pytest.raises(ValueError, match="MaxRL needs scores as the reward gives them: leave out missing_eos_penalty"):
+        OnPolicyTrainer(Actor(tiny_palm()), MaxRL(), first_is_even, Prompts(PROMPTS), **keywords)
+    with pytest.raises(ValueError, match="a KL in them is neither: take kl_in='loss'"):
+        MaxRL(kl=0.01, kl_in="reward")
+
+
 def test_reinforce_pp_is_whitened_over_the_batch():
     e = replace(made_up((2, 1), (1, 1)), scores=tensor(1.0, 0.0))
     e.log_probs = torch.tensor([[0.0, 0.2, 0.4], [0.0, 0.0, 0.0]])
@@ -235,6 +255,10 @@ def test_spo_by_hand():
 def test_clip_higher_by_hand():
     ratio, a = tensor(1.25, 1.5, 0.7, 1.5, 0.7), tensor(1.0, 1.0, -1.0, -1.0, 1.0)
     torch.testing.assert_close(clipped(ratio, a, 0.2, 0.28), tensor(-1.25, -1.28, 0.8, 1.5, -0.7))
+    with pytest.raises(ValueError, match=r"SPO divides by eps_clip, which must be above 0, got \(0.0, 0.0\)"):
+        SPO(eps_clip=0.0)
+    e = grouped([1.0, 0.0, 0.0, 1.0])
+    assert "clip_fraction" not in SPO(kl=0.0).loss(policy_of(e.log_probs), SPO(kl=0.0).target(e))[1]
     assert DAPO().options.clip_range == (0.2, 0.28) and GRPO().options.clip_range == (0.2, 0.2)
     assert DAPO().normalization == "token" and not DAPO().needs_reference
 
@@ -246,6 +270,35 @@ def test_ratios_of_responses_by_hand():
     assert per_token_mean(log_ratio, mask)[:, 1].tolist() == pytest.approx([0.2, -0.2])
     assert of_sequence(log_ratio, mask)[:, 1].tolist() == pytest.approx([0.4, -0.6])
     assert GSPO().options.clip_range == (3e-4, 4e-4)
+
+
+@pytest.mark.parametrize("of_response", [per_token_mean, of_sequence])
+def test_a_response_s_ratio_has_the_gradient_of_the_plain_formula(of_response):
+    e = grouped([1.0, 0.0, 0.0, 2.0])
+    mask, weights = e.response_mask, torch.tensor([1.0, -2.0, 0.5, 3.0])[:, None]
+    log_ratio = (0.3 * torch.randn(mask.shape) * mask).requires_grad_()
+    whole = ops.masked_mean(log_ratio, mask, keepdim=True) if of_response is per_token_mean else log_ratio.sum(-1, True)
+    shares = ops.token_shares(mask, "sequence")
+    losses = [(weights * ratio.exp() * shares).sum() for ratio in (of_response(log_ratio, mask), whole)]
+    torch.testing.assert_close(*losses)
+    ours, plain = (torch.autograd.grad(loss, log_ratio)[0][mask] for loss in losses)
+    torch.testing.assert_close(ours, plain)
+    assert plain.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "spo", "max_rl", "gspo", "dapo", "score_centering"])
+def test_what_a_process_reward_says_of_a_token_moves_that_token(name):
+    """Of a response whose tokens' advantages differ, the gradient by each log-prob is in proportion to its own."""
+    algorithm = algorithm_class(name)(kl=0.0)
+    if name == "score_centering":  # what it takes off the scores is no part of this
+        algorithm.policy_loss = lambda policy, log_ratio, advantages, e: -advantages * policy.log_probs
+    e = grouped([1.0, 0.0, 0.0, 1.0])
+    torch.manual_seed(1)
+    e = algorithm.target(replace(e, token_rewards=torch.randn(e.log_probs.shape) * e.response_mask))
+    found = -gradient(algorithm, e)
+    for row, advantages, mask in zip(found, e.advantages, e.response_mask, strict=True):
+        torch.testing.assert_close(row[mask], row[mask].sum() * advantages[mask] / advantages[mask].sum())
+    assert e.advantages[0][e.response_mask[0]].std() > 0.1 and found.abs().sum() > 0.1
 
 
 def test_gspo_loss_by_hand():
@@ -432,6 +485,18 @@ def test_dapo_replaces_refused_groups():
     row = trainer.train(1, 2, 2, 8, 8).history[0]  # nothing is learned, and what was seen is logged
     assert row["reward"] == 1.0 and "policy_loss" not in row
     assert all(map(torch.equal, before, trainer.actor_critic.actor_parameters()))
+
+
+def test_dapo_refuses_by_what_the_reward_gave():
+    """Where all answers are right, penalties alone tell them apart: eq. 11 is of what is right."""
+    trainer = build("dapo", reward=lambda prompts, responses: [1.0] * len(responses))
+    options = replace(ROLL, missing_eos_penalty=0.5, overlong_buffer=6)
+    e = trainer._roll_out(3, replace(options, max_batch=8))
+    assert len(e.scores.unique()) > 1 and (e.raw_scores == 1).all()
+    assert not trainer.algorithm.keep(e).any()
+    assert trainer.algorithm.keep(replace(e, raw_scores=e.scores)).any()
+    assert len(trainer.roll_out(3, 8, options)) == 0
+    assert trainer._roll_out(3, replace(ROLL, max_batch=8)).raw_scores is None
 
 
 def test_what_is_not_worth_it_is_not_learned_from():

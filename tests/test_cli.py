@@ -2,6 +2,7 @@ import io
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from palm_rlhf_pytorch.cli import common, generate, main
 from palm_rlhf_pytorch.cli import rejection as cli_rejection
 from palm_rlhf_pytorch.cli.common import text_reward
 from palm_rlhf_pytorch.metrics import read_metrics
-from palm_rlhf_pytorch.ppo import RLHFTrainer
+from palm_rlhf_pytorch.rejection import read_best
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.state import load_state
 from palm_rlhf_pytorch.tokenizer import BPETokenizer, ByteTokenizer
@@ -395,7 +396,7 @@ def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch,
     command = f"ppo --model {{model}} --reward {{reward}} --prompts {{prompts}} --out {{out}} {PPO} {flags}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(command, **files, out=whole) == 0
-    update, taken = RLHFTrainer.update, []
+    update, taken = OnPolicyTrainer.update, []
 
     def interrupted(self, *arguments):
         taken.append(self.step)
@@ -404,12 +405,12 @@ def test_a_resumed_ppo_equals_an_uninterrupted_one(files, tmp_path, monkeypatch,
         return update(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RLHFTrainer, "update", interrupted)
+        patch.setattr(OnPolicyTrainer, "update", interrupted)
         assert run(command, **files, out=parts) == 130
     assert "stopped after update 1; " in capsys.readouterr().err
     torch.manual_seed(9)
     with monkeypatch.context() as patch:
-        patch.setattr(RLHFTrainer, "update", interrupted)
+        patch.setattr(OnPolicyTrainer, "update", interrupted)
         assert run("ppo --resume --out {out}", out=parts) == 0
     assert taken == [0, 1, 2]
     assert_same_weights(whole / "model.safetensors", parts / "model.safetensors")
@@ -434,11 +435,12 @@ def rules(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["grpo --kl 0.1", "ppo", "flowrl --z-hidden 8", "tpo --no-lora", "dapo --overlong-buffer 4",
+    ["grpo --kl 0.1", "ppo", "ppo --value-bins 5 --value-min -30 --value-max 0",
+     "flowrl --z-hidden 8", "tpo --no-lora", "dapo --overlong-buffer 4",
      "rloo --process-reward implicit --process-threshold -20", "grpo --process-reward {reward}"],
 )  # fmt: skip
 def test_a_resumed_rl_equals_an_uninterrupted_one(files, rules, tmp_path, monkeypatch, algorithm):
-    samples = "" if algorithm == "ppo" else "--samples-per-prompt 2"
+    samples = "" if algorithm.startswith("ppo") else "--samples-per-prompt 2"
     command = f"rl --model {{model}} --reward {{rules}}:short {{reward}} --prompts {{prompts}} --out {{out}} {RL}"
     command += f" --algorithm {algorithm} {samples}"
     paths = {**files, "rules": rules}
@@ -506,7 +508,30 @@ def test_a_rule_may_import_and_define(files, tmp_path, capsys):
     assert read_metrics(paths["out"] / "metrics.jsonl")[0]["reward"] == 2.0
     twice = command.replace("{rule}:model", "{rule}:model {reward}").replace("{out}", "{nowhere}")
     assert run(twice, **paths) == 2
-    assert "'model' is what reward runs are called" in capsys.readouterr().err
+    assert (
+        "each needs a name of its own (that of reward runs is 'model'), got ['model', 'model']"
+        in capsys.readouterr().err
+    )
+
+
+def test_rewards_with_weights(files, rules, tmp_path, capsys):
+    """The weighted sum; each reward run by its folder's name."""
+    paths = {**files, "rules": rules, "out": tmp_path / "rl", "one": files["reward"], "two": tmp_path / "two"}
+    shutil.copytree(files["reward"], paths["two"])
+    command = f"rl --model {{model}} --prompts {{prompts}} --samples-per-prompt 2 {RL} --out {{out}} --reward "
+    assert run(command + "{rules}:short=0.25 {one}=-2 {two}", **paths) == 0
+    for row in read_metrics(paths["out"] / "metrics.jsonl"):
+        one, two = (row[f"reward/{paths[name].name}"] for name in ("one", "two"))
+        assert row["reward"] == pytest.approx(0.25 * row["reward/short"] - 2 * one + two, abs=1e-4)
+    assert run(command + "{rules}:short=much", **{**paths, "out": tmp_path / "no"}) == 2
+    assert "behind = stands its weight, a number, got 'much'" in capsys.readouterr().err
+
+
+def test_a_rule_chooses_the_best_answers(files, rules, tmp_path):
+    paths = {**files, "reward": f"{rules}:short", "out": tmp_path / "best"}
+    assert run(TUNED["rejection"] + " --model {model} --out {out} " + TUNE, **paths) == 0
+    best = read_best(paths["out"] / "best.jsonl")
+    assert all(b.score == -len(b.response) >= b.mean_score for b in best) and best
 
 
 def test_a_process_reward_of_other_tokens_is_refused(files, tmp_path, capsys):

@@ -20,7 +20,7 @@ def test_no_field_has_a_vocabulary_axis():
     assert n != TOKENS
     for name, t in e.tensors().items():
         assert t.shape in ((b, n), (b,)), name
-    later = {"token_rewards", "loss_shares", "extra"}
+    later = {"raw_scores", "token_rewards", "loss_shares", "extra"}
     assert set(e.tensors()) == {field.name for field in fields(Experience)} - later
     # 8 B of ids, 2 masks of 1 B, 5 float32 a token; score 4 B, finished 1 B, group 8 B a sequence
     assert e.nbytes == b * n * (8 + 2 + 5 * 4) + b * (4 + 1 + 8)

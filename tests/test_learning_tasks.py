@@ -25,6 +25,13 @@ def test_what_is_right():
     assert modes.reward([modes.prompts[0]] * 5, [*modes.modes, torch.tensor([1, 1, 1])]).tolist() == [1, 1, 1, 1, 0]
 
 
+def test_own_options_take_the_place_of_the_task_s():
+    task = learning_tasks.modes()
+    trainer = learning_tasks.build(task, "ppo", 0, False, dict([learning.name_and_value("kl=0.2")]))
+    assert trainer.algorithm.options.kl == 0.2 and learning.name_and_value("kl_in=loss") == ("kl_in", "loss")
+    assert learning_tasks.build(task, "ppo", 0, False).algorithm.options.kl == 0.0
+
+
 def test_the_control_gives_the_same_rewards_to_others():
     rewards = torch.arange(64.0)
     shuffled = learning_tasks.Shuffled(lambda prompts, responses: rewards, seed=0)

@@ -281,6 +281,15 @@ def test_lion_by_its_old_name(monkeypatch):
         tiny_trainer(use_lion=True)
 
 
+def test_the_value_s_form_is_an_option():
+    assert PPO(value_clip=0.3).value_loss == ClippedRegression(0.3)
+    ppo = PPO(value_bins=7, value_min=-1.0, value_max=2.0)
+    assert ppo.value_loss == HLGauss(7, -1.0, 2.0) and ppo.new_actor(tiny_palm()).value_dim == 7
+    assert PPO(HLGauss(6), value_clip=0.3).value_loss == HLGauss(6)
+    with pytest.raises(ValueError, match="a histogram needs 2 bins or more, got 1"):
+        PPO(value_bins=1)
+
+
 @pytest.mark.parametrize("value_loss, outputs", [(None, 1), (HLGauss(6, 0.0, 5.0), 6)])
 @pytest.mark.parametrize("lora", [True, False])
 def test_ppo_makes_its_own_critic(value_loss, outputs, lora):

@@ -29,7 +29,8 @@ class DAPO(GRPO):
     defaults = {"eps_clip": 0.2, "eps_clip_high": 0.28, "normalization": "token"}
 
     def keep(self, experience: Experience) -> Tensor:
-        """Groups whose scores differ: of the others no token has an advantage."""
-        scores = to_groups(experience.scores, experience.group_ids)
+        """Groups whose rewards differ before penalties: where all are right, their lengths alone would be compared."""
+        scores = experience.scores if experience.raw_scores is None else experience.raw_scores
+        scores = to_groups(scores, experience.group_ids)
         differ = scores.amax(dim=-1, keepdim=True) > scores.amin(dim=-1, keepdim=True)
         return from_groups(differ.expand_as(scores), experience.group_ids)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
+from palm_rlhf_pytorch.algorithms.policy_gradient import shared
 from palm_rlhf_pytorch.ops import masked_mean
 
 
 def per_token_mean(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """log s_i: the mean over a response's tokens (b, n), at each of them. 2507.18071, eq. 7."""
-    return masked_mean(log_ratio, mask, keepdim=True).expand_as(log_ratio)
+    """log s_i: the mean over a response's tokens (b, n), for each of them. 2507.18071, eq. 7."""
+    return shared(masked_mean(log_ratio, mask, keepdim=True), log_ratio)
 
 
 class GSPO(GRPO):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, centred
@@ -17,6 +19,17 @@ def over_success(rewards: Tensor) -> Tensor:
 
 
 class MaxRL(GroupPolicyGradient):
-    """With g samples its gradient is that of log p(success), cut off after g - 1 terms of its series."""
+    """With g samples its gradient is that of log p(success) = -sum_k (1 - p)^k / k, cut off after g - 1 terms. All
+    tokens count the same: by sequence, the short answers of a group would count for more.
+    """
 
     advantage = staticmethod(over_success)
+    defaults = {"normalization": "token"}
+    raw_scores = True
+
+    def __init__(
+        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
+    ):
+        super().__init__(actor_optim, own_optim, **options)
+        if self.kl_in_reward:
+            raise ValueError("MaxRL needs rewards of 0 or 1, a KL in them is neither: take kl_in='loss'")

@@ -61,6 +61,14 @@ def of_token(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return log_ratio
 
 
+def shared(value: Tensor, log_ratio: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """The same log-ratio, value (b, 1), at each token, and a gradient of its own, weight * grad log_ratio (b, n).
+    Summed over a response this is the gradient of `value` where advantages are the same for all its tokens; where they
+    differ, each token keeps its own. GSPO-token, 2507.18071, section 4.3, eq. 13 and 14.
+    """
+    return value.detach() + weight * (log_ratio - log_ratio.detach())
+
+
 def entropy_shaped(advantages: Tensor, entropy: Tensor, scale: float, kappa: float) -> Tensor:
     """A + min(scale H, |A| / kappa), H without gradient: uncertain tokens count for more, and no sign turns.
     "Reasoning with Exploration: An Entropy Perspective", 2506.14758, eq. 5 and 6.

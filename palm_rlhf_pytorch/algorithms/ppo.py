@@ -29,6 +29,17 @@ class PPOOptions(PolicyGradientOptions):
     gamma: float = option(1.0, "discount", least=0)
     gae_lambda: float = option(0.95, "lambda of the generalised advantages", least=0)
     whiten_advantages: bool = option(True, "scale advantages to mean 0, variance 1 over the whole batch")
+    value_clip: float = option(0.4, "clip range of values, where the critic predicts a number", least=0)
+    value_bins: int = option(0, "bins of a histogram (HL-Gauss) that it predicts instead; 0: a number", least=0)
+    value_min: float = option(0.0, "value of the first bin")
+    value_max: float = option(5.0, "value of the last bin")
+
+    @property
+    def value_loss(self) -> ClippedRegression | HLGauss:
+        """How the critic learns."""
+        if self.value_bins == 0:
+            return ClippedRegression(self.value_clip)
+        return HLGauss(self.value_bins, self.value_min, self.value_max)
 
 
 def token_rewards(experience: Experience, beta: float) -> Tensor:
@@ -57,7 +68,9 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
 
 
 class PPO(PolicyGradient):
-    """The critic is the `ActorCritic`'s; `value_loss` says what its outputs mean and how they are learned."""
+    """The critic is the `ActorCritic`'s; `value_loss` says what its outputs mean and how they are learned, by default
+    what the options of its name do.
+    """
 
     Options = PPOOptions
     defaults = {"kl": 0.1, "kl_in": "reward", "normalization": "token"}
@@ -70,7 +83,7 @@ class PPO(PolicyGradient):
         **options: Any,
     ):
         super().__init__(actor_optim, own_optim, **options)
-        self.value_loss = value_loss or ClippedRegression()
+        self.value_loss = value_loss or self.options.value_loss
 
     def new_actor(self, palm: PaLM, actor_lora: bool = True, **keywords: Any) -> ActorCritic:
         """With a critic of the same kind as the actor."""

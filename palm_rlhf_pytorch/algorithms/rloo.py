@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, mean_of_others
+from palm_rlhf_pytorch.algorithms.policy_gradient import shared
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -13,8 +14,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def of_sequence(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """The whole response is one action: the sum over its tokens (b, n) at each of them."""
-    return log_ratio.sum(dim=-1, keepdim=True).expand_as(log_ratio)
+    """The whole response is one action: the sum over its tokens (b, n), for each of them."""
+    return shared(log_ratio.sum(dim=-1, keepdim=True), log_ratio, mask.sum(dim=-1, keepdim=True))
 
 
 class RLOO(GroupPolicyGradient):

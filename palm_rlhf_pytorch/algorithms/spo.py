@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
@@ -20,3 +22,14 @@ class SPO(GRPO):
     """GRPO with SPO's surrogate."""
 
     surrogate = staticmethod(penalised)
+
+    def __init__(
+        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
+    ):
+        super().__init__(actor_optim, own_optim, **options)
+        if min(self.options.clip_range) <= 0:
+            raise ValueError(f"SPO divides by eps_clip, which must be above 0, got {self.options.clip_range}")
+
+    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
+        """Nothing is clipped."""
+        return {}

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from palm_rlhf_pytorch.cli.common import MODEL, ModelUse, with_roles
-from palm_rlhf_pytorch.data import first_words, read_prompts, read_texts
+from palm_rlhf_pytorch.algorithms import algorithm_class
+from palm_rlhf_pytorch.cli.common import MODEL, ModelUse, PrecisionOptions, RunOptions, open_model, with_roles
+from palm_rlhf_pytorch.cli.process import ProcessOptions
+from palm_rlhf_pytorch.cli.rewards import RewardOptions, prompt_texts, rewards
 from palm_rlhf_pytorch.devices import accelerate_keywords
 from palm_rlhf_pytorch.fine_tuning import AdapterOptions, keep_adapter
 from palm_rlhf_pytorch.flags import option, required
 from palm_rlhf_pytorch.interrupts import Interrupts
+from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 from palm_rlhf_pytorch.prompts import Remembered
 from palm_rlhf_pytorch.rejection import prompts_with_room
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 from palm_rlhf_pytorch.trainer import OnPolicyTrainer
 
-PROMPTS = "prompts: a .txt with one a line, or records with a prompt column (text, or messages with roles)"
-
 
 @dataclass(frozen=True, kw_only=True)
-class PracticeOptions(ModelUse):
+class PracticeOptions(RewardOptions, ModelUse):
     """What to improve, by what reward, on what prompts"""
 
     model: str = required(MODEL)
-    reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
-    prompts: str = required(PROMPTS)
     out: str = option("runs/ppo", "directory of the run")
-    prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
-    whole_text: bool | None = option(
-        None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
-    )
     seed: int = option(0, "seed of everything")
     updates: int = option(50, "times to roll out and learn", least=1)
     rollouts: int = option(128, "prompts answered for each update", least=1)
@@ -64,17 +59,6 @@ ADAPTERS = {field.name for field in fields(AdapterOptions)}
 PASSED_ON = [field.name for field in fields(LearningOptions) if field.name not in ADAPTERS]
 
 
-def prompt_texts(options: PracticeOptions) -> list[str]:
-    if options.prompt_words == 0:
-        return read_prompts(options.prompts)
-    texts = read_texts(options.prompts, lines=True)
-    openings = (first_words(text, options.prompt_words) for text in texts)
-    prompts = list(dict.fromkeys(prompt for prompt, rest in openings if rest.strip()))
-    if not prompts:
-        raise ValueError(f"{options.prompts}: no text has more than the {options.prompt_words} words of --prompt-words")
-    return prompts
-
-
 def trainer_keywords(
     options: PracticeOptions,
     learning: LearningOptions,
@@ -95,6 +79,37 @@ def trainer_keywords(
         "seed": options.seed,
         "accelerate_kwargs": accelerate_keywords(device, precision),
     }
+
+
+def improve(
+    command: str,
+    algorithm: str,
+    own_lr: float,
+    options: PracticeOptions,
+    own: Any,
+    learning: LearningOptions,
+    process: ProcessOptions,
+    compute: PrecisionOptions,
+    where: RunOptions,
+) -> Path:
+    """Run a command: an algorithm by name, its own options, and the learning rate of its own parts."""
+    directory, device = where.start(options.out, options.seed)
+    palm, tokenizer = open_model(options.model, device, options.dtype)
+    learning.ready(palm)
+    reward = rewards(options, device, options.max_seq_len)
+    shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
+    process_reward = process.made(palm, shared["tokenizer"])
+    given = {"options": options, "own": own, "learning": learning, "process": process, "compute": compute}
+    log = directory.start(command, where.resume, tokenizer, **given)
+    trainer = KeywordTrainer(
+        algorithm_class(algorithm).for_policy(palm, own_optim={"lr": own_lr}, **asdict(own)),
+        palm=palm,
+        reward_model=reward,
+        process_reward=process_reward,
+        metrics_path=log.path,
+        **shared,
+    )
+    return practise(trainer, options, directory, tokenizer, where.resume)
 
 
 def practise(

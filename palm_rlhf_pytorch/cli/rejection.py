@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning, text_reward
-from palm_rlhf_pytorch.cli.on_policy import PROMPTS, prompt_texts
+from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning
+from palm_rlhf_pytorch.cli.rewards import RewardOptions, prompt_texts, rewards
 from palm_rlhf_pytorch.data import read_demonstrations
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
-from palm_rlhf_pytorch.flags import option, required
+from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.rejection import BestOfOptions, best_of_n, prompts_with_room, read_best, summary, write_best
 from palm_rlhf_pytorch.run_directory import RunDirectory
 from palm_rlhf_pytorch.sft import train_on_demonstrations
@@ -19,16 +19,10 @@ DRAWN_BY = ("model", "reward", "prompts", "prompt_words", "whole_text", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectionCommandOptions(StartOptions):
+class RejectionCommandOptions(RewardOptions, StartOptions):
     """What to improve, by what reward, on what prompts"""
 
-    reward: tuple[str, ...] = required("directory of a reward run, or several, whose mean counts")
-    prompts: str = required(PROMPTS)
     out: str = option("runs/rejection", "directory of the run")
-    prompt_words: int = option(0, "take the first words of the texts in --prompts instead of whole prompts", least=0)
-    whole_text: bool | None = option(
-        None, "rate prompt and response as one text (default: where the reward was learned on texts alone)"
-    )
 
 
 def run(
@@ -42,7 +36,7 @@ def run(
     run = Tuning("rejection", options, tuning, fit, compute, where)
     prompts = run.with_roles(prompt_texts(options))
     prompts_with_room(run.tokenizer, prompts, drawing.max_seq_len)
-    reward = text_reward(options.reward, run.device, options.whole_text, drawing.max_seq_len)
+    reward = rewards(options, run.device, drawing.max_seq_len)
     run.start(prompts, drawing=drawing)
     best = run.directory / "best.jsonl"
     if where.resume and best.is_file():
