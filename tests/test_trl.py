@@ -1,11 +1,12 @@
-"""TRL's losses on the same tensors. GRPO and RLOO are in every TRL, PPO was until 1.12 (DPO, KTO: elsewhere).
-
-To run PPO's: pip install trl==1.12 in another environment, or `python benchmarks/peers.py` and then its trl_ppo.
+"""TRL's losses on the same tensors. GRPO and RLOO are in every TRL (DPO, KTO: elsewhere). PPO was until 1.12, whose
+numbers are kept in a file; `python benchmarks/peers.py` makes an environment that has it.
 """
 
 import inspect
+import json
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,69 +114,102 @@ def lines_of(source, first, last):
     return textwrap.dedent("\n".join(lines[start:stop]))
 
 
-@pytest.mark.parametrize("lengths, lam", [((4, 4, 4), 0.95), ((4, 2, 1), 1.0)])
-def test_trl_has_the_same_ppo(lengths, lam):
-    """Its loss stands in the middle of PPOTrainer.train, whose lines are run here on made-up tensors. It scores the
-    slot behind a response that ends early, so that lambda < 1 discounts it once more: such rows are compared with 1.
-    """
+PPO_CASES = [((4, 4, 4), 0.95), ((4, 2, 1), 1.0)]  # it scores the slot behind a response that ends early, so that
+# lambda < 1 discounts it once more: such rows are compared with 1
+NUMBERS = Path(__file__).parent / "trl_1_12_ppo.json"
+
+
+class PPOCase:
+    """Made-up experience, ours made of it, and what two models say of it later."""
+
+    def __init__(self, lengths, lam):
+        self.lengths, self.lam = lengths, lam
+        e = made_up(lengths, (1,) * len(lengths))
+        self.mask = e.response_mask[:, 1:]
+        assert self.mask.shape[1] == max(lengths)
+        torch.manual_seed(0)
+        self.values = torch.randn(self.mask.shape) * self.mask
+        self.algorithm = PPO(ClippedRegression(0.2), kl=0.05, eps_clip=0.2, gae_lambda=lam)
+        e = replace(e, values=torch.cat((torch.zeros(len(e), 1), self.values), dim=1))
+        self.experience = self.algorithm.target(e)
+        self.now = (e.log_probs + 0.3 * torch.randn(e.log_probs.shape) * e.response_mask).requires_grad_()
+        self.predicted = (self.values + 0.3 * torch.randn(self.values.shape)).requires_grad_()
+
+    def ours(self):
+        e, mask = self.experience, self.mask
+        loss = reduced(self.algorithm, self.now, e)
+        found = {
+            "advantages": e.advantages[:, 1:] * mask,
+            "returns": e.returns[:, 1:] * mask,
+            "policy_loss": loss,
+            "policy_gradient": torch.autograd.grad(loss, self.now)[0],
+        }
+        if len(set(self.lengths)) == 1:  # elsewhere TRL learns a value of the slot behind, too
+            predicted, values, returns = self.predicted[mask], self.values[mask], e.returns[:, 1:][mask]
+            found["value_loss"] = self.algorithm.value_loss(predicted, values, returns).mean()
+        return {name: t.detach() for name, t in found.items()}
+
+    def theirs(self, trainer):
+        """TRL's: its loss stands in the middle of PPOTrainer.train, whose lines are run here on these tensors."""
+        source, mask, e = inspect.getsource(trainer.PPOTrainer.train), self.mask, self.experience
+        last = torch.tensor(self.lengths) - 1
+        args = dict(kl_estimator="k1", kl_coef=0.05, whiten_rewards=False, gamma=1.0, lam=self.lam)
+        args |= dict(cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)
+        names = {
+            **vars(trainer),
+            "args": SimpleNamespace(**args),
+            "logprobs": e.log_probs[:, 1:].masked_fill(~mask, trainer.INVALID_LOGPROB),
+            "ref_logprobs": e.ref_log_probs[:, 1:].masked_fill(~mask, trainer.INVALID_LOGPROB),
+            "values": self.values,
+            "scores": e.scores,
+            "responses": e.sequence[:, 1:],
+            "padding_mask": ~mask,
+            "padding_mask_p1": torch.arange(mask.shape[1]).expand(len(e), -1) > last[:, None] + 1,
+            "sequence_lengths": last,
+            "sequence_lengths_p1": last + 1,
+        }
+        exec(lines_of(source, "logr = ref_logprobs", "empty_cache()"), names)
+        count = int(mask.sum())  # it takes the variance over count - 1
+        names["advantages"] *= (count / (count - 1)) ** 0.5
+        names.update(
+            vpred=self.predicted,
+            mb_values=self.values,
+            mb_return=names["returns"],
+            mb_advantage=names["advantages"],
+            mb_logprobs=names["logprobs"],
+            new_logprobs=torch.where(mask, self.now[:, 1:], trainer.INVALID_LOGPROB),
+            micro_batch_inds=torch.arange(len(e)),
+        )
+        exec(lines_of(source, "vpredclipped = torch.clamp(", "accelerator.backward(loss)"), names)
+        found = {name: names[name] * mask for name in ("advantages", "returns")}
+        found["policy_loss"], loss = names["pg_loss"], names["pg_loss"]
+        found["policy_gradient"] = torch.autograd.grad(loss, self.now)[0]
+        if len(set(self.lengths)) == 1:
+            found["value_loss"] = names["vf_loss"]
+        return {name: t.detach() for name, t in found.items()}
+
+
+def assert_numbers(found, stored):
+    assert found.keys() == stored.keys()
+    for name, t in found.items():
+        torch.testing.assert_close(t, torch.tensor(stored[name]), msg=lambda m, name=name: f"{name}: {m}")
+        assert t.abs().sum() > 1e-3
+
+
+@pytest.mark.parametrize("case", range(len(PPO_CASES)))
+def test_ppo_is_that_of_trl(case):
+    """As TRL 1.12 gave the numbers; `python tests/test_trl.py` writes them where that is installed."""
+    assert_numbers(PPOCase(*PPO_CASES[case]).ours(), json.loads(NUMBERS.read_text())[case])
+
+
+@pytest.mark.parametrize("case", range(len(PPO_CASES)))
+def test_these_are_trl_s_numbers(case):
     theirs = pytest.importorskip("trl.experimental.ppo.ppo_trainer", reason="TRL has PPO until 1.12")
-    source = inspect.getsource(theirs.PPOTrainer.train)
-    e = made_up(lengths, (1,) * len(lengths))
-    n, mask = max(lengths), e.response_mask[:, 1:]
-    assert mask.shape[1] == n
-    torch.manual_seed(0)
-    values = torch.randn(mask.shape) * mask
-    e = replace(e, values=torch.cat((torch.zeros(len(e), 1), values), dim=1))
-    algorithm = PPO(ClippedRegression(0.2), kl=0.05, eps_clip=0.2, gae_lambda=lam)
-    e = algorithm.target(e)
+    assert_numbers(PPOCase(*PPO_CASES[case]).theirs(theirs), json.loads(NUMBERS.read_text())[case])
 
-    last = torch.tensor(lengths) - 1
-    places = torch.arange(n).expand(len(e), -1)
-    names = {
-        **vars(theirs),
-        "args": SimpleNamespace(
-            kl_estimator="k1",
-            kl_coef=0.05,
-            whiten_rewards=False,
-            gamma=1.0,
-            lam=lam,
-            cliprange=0.2,
-            cliprange_value=0.2,
-            vf_coef=0.1,
-        ),
-        "logprobs": e.log_probs[:, 1:].masked_fill(~mask, theirs.INVALID_LOGPROB),
-        "ref_logprobs": e.ref_log_probs[:, 1:].masked_fill(~mask, theirs.INVALID_LOGPROB),
-        "values": values,
-        "scores": e.scores,
-        "responses": e.sequence[:, 1:],
-        "padding_mask": ~mask,
-        "padding_mask_p1": places > last[:, None] + 1,
-        "sequence_lengths": last,
-        "sequence_lengths_p1": last + 1,
-    }
-    exec(lines_of(source, "logr = ref_logprobs", "empty_cache()"), names)
-    count = int(mask.sum())  # it takes the variance over count - 1
-    names["advantages"] *= (count / (count - 1)) ** 0.5
-    torch.testing.assert_close(e.advantages[:, 1:][mask], names["advantages"][mask])
-    torch.testing.assert_close(e.returns[:, 1:][mask], names["returns"][mask])
 
-    now = (e.log_probs + 0.3 * torch.randn(e.log_probs.shape) * e.response_mask).requires_grad_()
-    predicted = (values + 0.3 * torch.randn(values.shape)).requires_grad_()
-    names.update(
-        vpred=predicted,
-        mb_values=values,
-        mb_return=names["returns"],
-        mb_advantage=names["advantages"],
-        mb_logprobs=names["logprobs"],
-        new_logprobs=torch.where(mask, now[:, 1:], theirs.INVALID_LOGPROB),
-        micro_batch_inds=torch.arange(len(e)),
-    )
-    exec(lines_of(source, "vpredclipped = torch.clamp(", "accelerator.backward(loss)"), names)
-    ours = reduced(algorithm, now, e)
-    torch.testing.assert_close(ours, names["pg_loss"])
-    for a, b in zip(*(torch.autograd.grad(t, now, retain_graph=True) for t in (ours, names["pg_loss"])), strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.abs().sum() > 1e-3
-    if len(set(lengths)) == 1:  # elsewhere it learns a value of the slot behind, too
-        value = algorithm.value_loss(predicted[mask], values[mask], e.returns[:, 1:][mask]).mean()
-        torch.testing.assert_close(value, names["vf_loss"])
+if __name__ == "__main__":
+    from trl.experimental.ppo import ppo_trainer
+
+    cases = [PPOCase(*case).theirs(ppo_trainer) for case in PPO_CASES]
+    NUMBERS.write_text(json.dumps([{name: t.tolist() for name, t in case.items()} for case in cases], indent=1) + "\n")
