@@ -1,4 +1,4 @@
-"""REINFORCE++: advantages are scaled over the whole batch, without a critic (Hu et al., 2501.03262)."""
+"""REINFORCE++: advantages are scaled over the whole batch, without a critic (Hu et al., 2501.03262v9)."""
 
 from __future__ import annotations
 
