@@ -43,8 +43,8 @@ class PPOOptions(PolicyGradientOptions):
 
 
 def token_rewards(experience: Experience, beta: float) -> Tensor:
-    """r_t = -beta (log p - log p_ref) + [t is the response's last token] score + process reward -> (b, n). Summed over a
-    response, without the process reward: Ziegler et al., 1909.08593, eq. 2.
+    """r_t = -beta (log p - log p_ref) + [t is the response's last token] score + process reward -> (b, n). Without the
+    latter, and summed over a response: Ziegler et al., 1909.08593, eq. 2.
     """
     places = torch.arange(experience.sequence.shape[1], device=experience.sequence.device)
     last = places == (places * experience.response_mask).amax(dim=-1, keepdim=True)
