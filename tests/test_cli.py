@@ -527,6 +527,12 @@ def test_rewards_with_weights(files, rules, tmp_path, capsys):
     assert "behind = stands its weight, a number, got 'much'" in capsys.readouterr().err
 
 
+def test_an_option_that_its_algorithm_refuses_takes_no_directory(files, rules, tmp_path, capsys):
+    command = "rl --algorithm max_rl --kl 0.1 --kl-in reward --model {model} --reward {rules}:short --prompts {prompts}"
+    assert run(command + " --out {out}", **files, rules=rules, out=tmp_path / "rl") == 2
+    assert "take kl_in='loss'" in capsys.readouterr().err and not (tmp_path / "rl").exists()
+
+
 def test_a_rule_chooses_the_best_answers(files, rules, tmp_path):
     paths = {**files, "reward": f"{rules}:short", "out": tmp_path / "best"}
     assert run(TUNED["rejection"] + " --model {model} --out {out} " + TUNE, **paths) == 0

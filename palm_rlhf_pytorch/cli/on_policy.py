@@ -99,10 +99,11 @@ def improve(
     reward = rewards(options, device, options.max_seq_len)
     shared = trainer_keywords(options, learning, tokenizer, device, compute.precision)
     process_reward = process.made(palm, shared["tokenizer"])
+    learner = algorithm_class(algorithm).for_policy(palm, own_optim={"lr": own_lr}, **asdict(own))
     given = {"options": options, "own": own, "learning": learning, "process": process, "compute": compute}
     log = directory.start(command, where.resume, tokenizer, **given)
     trainer = KeywordTrainer(
-        algorithm_class(algorithm).for_policy(palm, own_optim={"lr": own_lr}, **asdict(own)),
+        learner,
         palm=palm,
         reward_model=reward,
         process_reward=process_reward,
