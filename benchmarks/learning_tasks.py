@@ -87,15 +87,16 @@ IN_REVERSAL: dict[str, dict[str, Any]] = {
     "ppo": {"own_optim": {"lr": 0.0}, "gae_lambda": 1.0, "entropy": 0.05},
     "reinforce_pp": {"entropy": 0.05},
     **{name: {"kl": 0.04, "kl_in": "loss"} for name in LIKE_GRPO},
+    "flowrl": {"beta": 4.0},
 }
 TWO_PASSES = ("ppo", "tpo")
 
 
 def options_of(task: Task, algorithm: str) -> dict[str, Any]:
-    options = {**SETTINGS.get(algorithm, {}), **(IN_REVERSAL.get(algorithm, {}) if is_reversal(task) else {})}
-    if algorithm == "flowrl":  # the mean over tokens in its loss sharpens the target by the length
-        options["beta"] = 3.0 / task.length
-    return options
+    if is_reversal(task):
+        return {**SETTINGS.get(algorithm, {}), **IN_REVERSAL.get(algorithm, {})}
+    # the mean over tokens in FlowRL's loss sharpens the target by the length
+    return {**SETTINGS.get(algorithm, {}), **({"beta": 3.0 / task.length} if algorithm == "flowrl" else {})}
 
 
 def is_reversal(task: Task) -> bool:
