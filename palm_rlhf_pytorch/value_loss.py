@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palm_rlhf_pytorch.flags import option
+
 
 @dataclass(frozen=True)
 class ClippedRegression:
@@ -72,3 +74,19 @@ class HLGauss:
     def __call__(self, logits: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
         """logits (..., bins), returns (...,) -> loss (...,)."""
         return -(self.probabilities(returns) * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class ValueOptions:
+    """How values are learned"""
+
+    value_clip: float = option(0.4, "clip range of values, where the critic predicts a number", least=0)
+    value_bins: int = option(0, "bins of a histogram (HL-Gauss) that it predicts instead; 0: a number", least=0)
+    value_min: float = option(0.0, "value of the first bin")
+    value_max: float = option(5.0, "value of the last bin")
+
+    @property
+    def value_loss(self) -> ClippedRegression | HLGauss:
+        if self.value_bins == 0:
+            return ClippedRegression(self.value_clip)
+        return HLGauss(self.value_bins, self.value_min, self.value_max)

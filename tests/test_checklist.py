@@ -24,7 +24,7 @@ from tiny import (
 
 from palm_rlhf_pytorch import ActorCritic, ImplicitPRM, RewardModel
 from palm_rlhf_pytorch.algorithms.policy_gradient import clipped
-from palm_rlhf_pytorch.algorithms.ppo import generalized_advantages, token_rewards
+from palm_rlhf_pytorch.algorithms.returns import generalized_advantages, token_rewards
 from palm_rlhf_pytorch.generation import Generation
 from palm_rlhf_pytorch.ops import whiten
 from palm_rlhf_pytorch.reward import bradley_terry_loss

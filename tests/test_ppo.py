@@ -19,7 +19,8 @@ from tiny import (
 )
 
 from palm_rlhf_pytorch import ImplicitPRM, RLHFTrainer
-from palm_rlhf_pytorch.algorithms.ppo import PPO, generalized_advantages, token_rewards
+from palm_rlhf_pytorch.algorithms.ppo import PPO
+from palm_rlhf_pytorch.algorithms.returns import generalized_advantages, token_rewards
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer
 from palm_rlhf_pytorch.trainer import Learner
 from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss

@@ -14,8 +14,9 @@ from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL
-from palm_rlhf_pytorch.algorithms.ppo import PPO, token_rewards
+from palm_rlhf_pytorch.algorithms.ppo import PPO
 from palm_rlhf_pytorch.algorithms.reinforce_pp import ReinforcePP
+from palm_rlhf_pytorch.algorithms.returns import token_rewards
 from palm_rlhf_pytorch.algorithms.rloo import RLOO
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
 from palm_rlhf_pytorch.algorithms.tpo import TPO

@@ -15,58 +15,21 @@ from torch import Tensor
 from palm_rlhf_pytorch.actor_critic import ActorCritic
 from palm_rlhf_pytorch.algorithm import Losses
 from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient, PolicyGradientOptions
+from palm_rlhf_pytorch.algorithms.returns import generalized_advantages, token_rewards
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import scatter_to_mask, whiten
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss
+from palm_rlhf_pytorch.value_loss import ClippedRegression, HLGauss, ValueOptions
 
 
 @dataclass(frozen=True)
-class PPOOptions(PolicyGradientOptions):
+class PPOOptions(ValueOptions, PolicyGradientOptions):
     """How PPO learns"""
 
     gamma: float = option(1.0, "discount", least=0)
     gae_lambda: float = option(0.95, "lambda of the generalised advantages", least=0)
     whiten_advantages: bool = option(True, "scale advantages to mean 0, variance 1 over the whole batch")
-    value_clip: float = option(0.4, "clip range of values, where the critic predicts a number", least=0)
-    value_bins: int = option(0, "bins of a histogram (HL-Gauss) that it predicts instead; 0: a number", least=0)
-    value_min: float = option(0.0, "value of the first bin")
-    value_max: float = option(5.0, "value of the last bin")
-
-    @property
-    def value_loss(self) -> ClippedRegression | HLGauss:
-        """How the critic learns."""
-        if self.value_bins == 0:
-            return ClippedRegression(self.value_clip)
-        return HLGauss(self.value_bins, self.value_min, self.value_max)
-
-
-def token_rewards(experience: Experience, beta: float) -> Tensor:
-    """r_t = -beta (log p - log p_ref) + [t is the response's last token] score + process reward -> (b, n). Without the
-    latter, and summed over a response: Ziegler et al., 1909.08593, eq. 2.
-    """
-    places = torch.arange(experience.sequence.shape[1], device=experience.sequence.device)
-    last = places == (places * experience.response_mask).amax(dim=-1, keepdim=True)
-    rewards = last * experience.scores[:, None]
-    if experience.token_rewards is not None:
-        rewards = rewards + experience.token_rewards
-    if beta != 0:
-        rewards = rewards - beta * (experience.log_probs - experience.ref_log_probs)
-    return rewards.masked_fill(~experience.response_mask, 0.0)
-
-
-def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """A_t = sum_k (gamma lambda)^k delta_(t+k) over response tokens; all (b, n). 1506.02438, eq. 16."""
-    values = values.masked_fill(~mask, 0.0)  # after the end there is nothing to come
-    advantages = torch.zeros_like(rewards)
-    later = next_value = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        # delta_t = r_t + gamma V_(t+1) - V_t;  A_t = delta_t + gamma lambda A_(t+1)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        later = (delta + gamma * lam * later) * mask[:, t]
-        advantages[:, t], next_value = later, values[:, t]
-    return advantages
 
 
 class PPO(PolicyGradient):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, centred
 from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient
-from palm_rlhf_pytorch.algorithms.ppo import token_rewards
+from palm_rlhf_pytorch.algorithms.returns import token_rewards
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.ops import whiten
 
