@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.lora import LoRA, LoraOptions, side_by_side
 from palm_rlhf_pytorch.precision import Unrounded, at_least_float32
+from palm_rlhf_pytorch.products import linear
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
 
@@ -145,7 +146,7 @@ class ParallelTransformerBlock(nn.Module):
             k, v = remember(k, v)
 
         out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
-        attended = self.attn_out(out)
+        attended = linear(out, self.attn_out.weight)
         if finetune_modules is not None:
             attended = attended + finetune_modules[3](out)
         return attended + ff

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention, added_to_scores, window_mask
 from palm_rlhf_pytorch.blocks import HeadsGain, LayerNorm, ParallelTransformerBlock, Residual
+from palm_rlhf_pytorch.fused_step import Fused
 from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.products import multiplied, onednn_is_faster
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
 PACKED_FOR = 64  # rows that the layout is chosen for; it serves any number
+FEWEST = 4  # rows that packed products are done with: oneDNN takes longer for fewer
 PARTS = {Residual, ParallelTransformerBlock, LayerNorm, HeadsGain, Attention, RotaryEmbedding, SwiGLU}
 PARTS |= {nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Dropout}
 
@@ -43,25 +46,21 @@ def hooked(model: object) -> bool:
 
 
 class Matrix:
-    """W (o, i), for x W^T: in oneDNN's blocked layout, or as it is where only single rows come, a matrix-vector product
-    that needs no layout. With few rows MKL's own is 1.3 to 3 times slower than the former.
+    """W (o, i), for x W^T: in oneDNN's blocked layout, or as it is where only single rows come and MKL is good at them, a
+    matrix-vector product that needs no layout. With few rows MKL's own is 1.3 to 3 times slower than the former.
     """
 
     def __init__(self, weight: Tensor, rows: int):
-        self.packed = rows > 1
+        self.packed = rows > 1 or onednn_is_faster()
         weight = weight.detach()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self.packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
+        return multiplied(x, self.weight) if self.packed else F.linear(x, self.weight)
 
     def plus(self, x: Tensor, added: Tensor) -> Tensor:
         """added + x W^T."""
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, added, self.weight, None, "add")
-        return torch.addmm(added, x, self.weight.t())
+        return multiplied(x, self.weight, added) if self.packed else torch.addmm(added, x, self.weight.t())
 
 
 class PackedNorm:
@@ -75,41 +74,70 @@ class PackedNorm:
 class PackedLayer:
     """`ParallelTransformerBlock` and its residual for one token a row; both ways out are one matrix."""
 
-    def __init__(self, block: ParallelTransformerBlock, rows: int):
-        self.heads, self.kv_heads, self.sizes = block.heads, block.kv_heads, block.fused_dims
+    def __init__(self, block: ParallelTransformerBlock, rows: int, window: int | None):
+        self.heads, self.kv_heads, self.sizes, self.window = block.heads, block.kv_heads, block.fused_dims, window
         self.norm = PackedNorm(block.norm)
         self.into = Matrix(block.fused_attn_ff_proj.weight, rows)
         self.out = Matrix(torch.cat((block.attn_out.weight, block.ff_out[2].weight), dim=-1), rows)
         self.rotates, self.centres, self.eps = block.rotates, block.qk_layernorm, block.norm.eps
         self.gains = block.heads_gains.detach() if block.qk_rmsnorm or block.qk_layernorm else None
 
-    def __call__(
-        self, x: Tensor, turns: HeadsRotation, cache: KVCache, layer: int, slots: Tensor, visible: Tensor | None
-    ) -> Tensor:
-        """x (m, dim); turns of the rows' positions (m, heads, d); slots (m,), where the cache takes them; visible
-        (m, 1, 1, j), added to the scores.
-        """
-        m, d, (attn, kv, _, _) = len(x), turns.cos.shape[-1], self.sizes
-        y = self.into(self.norm(x))
-        straight = y[:, : attn + kv].view(m, self.heads + self.kv_heads, d)
-        qk = self._turned(straight, turns)
-        if qk is not straight:
-            y[:, attn : attn + kv] = qk[:, self.heads :].reshape(m, kv)  # keys, turned, beside the values
-        cache.write_one(layer, y[:, attn : attn + 2 * kv], slots)
-        keys, values = cache.read(layer, cache.span(1))
-        q = qk[:, : self.heads].reshape(m, self.kv_heads, -1, d)  # heads that share a key are one query axis
-        inner = x.new_empty(m, attn + self.sizes[-1] // 2)
-        inner[:, :attn] = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).reshape(m, attn)
-        value, gate = y[:, attn + 2 * kv :].chunk(2, dim=-1)
-        torch.mul(F.silu(gate), value, out=inner[:, attn:])
-        return self.out.plus(inner, x)
+    def __call__(self, x: Tensor, between: Between, i: int) -> Tensor:
+        """x (m, dim), layer i -> (m, dim)."""
+        return self.out.plus(between(self, i, self.into(self.norm(x))), x)
 
-    def _turned(self, qk: Tensor, turns: HeadsRotation) -> Tensor:
+
+class Between(Protocol):
+    """What one step does between a layer's two products: y (p, all of `sizes`) -> (p, attention + feedforward). Rows
+    beyond those of the cache are padding, and give 0.
+    """
+
+    def __call__(self, layer: PackedLayer, i: int, y: Tensor) -> Tensor: ...
+
+
+class InTorch:
+    """`Between` in torch's operations."""
+
+    def __init__(self, cache: KVCache, turns: HeadsRotation, window: int | None):
+        positions = cache.lengths
+        self.cache, self.slots = cache, cache.next_slots()
+        self.turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
+        self.far, self.near = masks(positions, cache.span(1), window)
+
+    def __call__(self, layer: PackedLayer, i: int, y: Tensor) -> Tensor:
+        m, d, (attn, kv, _, both) = len(self.slots), self.turns.cos.shape[-1], layer.sizes
+        inner = y.new_zeros(len(y), attn + both // 2)
+        y = y[:m]
+        straight = y[:, : attn + kv].view(m, layer.heads + layer.kv_heads, d)
+        qk = self._turned(layer, straight)
+        if qk is not straight:
+            y[:, attn : attn + kv] = qk[:, layer.heads :].reshape(m, kv)  # keys, turned, beside the values
+        self.cache.write_one(i, y[:, attn : attn + 2 * kv], self.slots)
+        keys, values = self.cache.read(i, self.cache.span(1))
+        q = qk[:, : layer.heads].reshape(m, layer.kv_heads, -1, d)  # heads that share a key are one query axis
+        visible = self.far if layer.window is None else self.near
+        inner[:m, :attn] = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).reshape(m, attn)
+        value, gate = y[:, attn + 2 * kv :].chunk(2, dim=-1)
+        torch.mul(F.silu(gate), value, out=inner[:m, attn:])
+        return inner
+
+    def _turned(self, layer: PackedLayer, qk: Tensor) -> Tensor:
         """Queries and keys (m, heads + kv_heads, d), normalised and turned where the block does so."""
-        if self.gains is not None:
-            normed = F.layer_norm(qk, qk.shape[-1:], eps=self.eps) if self.centres else F.normalize(qk, dim=-1)
-            qk = normed * self.gains
-        return turns.rotate(qk) if self.rotates else qk
+        if layer.gains is not None:
+            normed = F.layer_norm(qk, qk.shape[-1:], eps=layer.eps) if layer.centres else F.normalize(qk, dim=-1)
+            qk = normed * layer.gains
+        return self.turns.rotate(qk) if layer.rotates else qk
+
+
+def masks(positions: Tensor, slots: int, window: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of layers that see everything, and of those with a window: (m, 1, 1, slots), None where all is seen."""
+    far = None
+    if int(positions.min()) + 1 < slots:
+        unseen = torch.arange(slots) > positions[:, None]
+        far = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
+    if window is None or slots <= window:
+        return far, far
+    return far, added_to_scores(window_mask(positions[:, None], slots, window), torch.float32)
 
 
 class PackedStep:
@@ -119,36 +147,28 @@ class PackedStep:
         self.palm, self.rows = palm, rows
         self.turns: tuple[tuple[int, float], HeadsRotation] | None = None
         self._pack()
+        self.between = Fused if all(map(Fused.fits, self.layers)) else InTorch
 
     def _pack(self) -> None:
         palm = self.palm
         layers = chain(*(layer.parameters() for layer in palm.layers))
         self.sources = [*layers, palm.norm.gamma, palm.to_logits.weight]
         self.versions = versions(self.sources)
-        self.layers = [PackedLayer(layer.fn, self.rows) for layer in palm.layers]
+        windows = [palm.sliding_window if windowed else None for windowed in palm.windowed]
+        self.layers = [PackedLayer(r.fn, self.rows, w) for r, w in zip(palm.layers, windows, strict=True)]
         self.norm, self.to_logits = PackedNorm(palm.norm), Matrix(palm.to_logits.weight, self.rows)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if versions(self.sources) != self.versions:
             self._pack()
-        positions, slots, turns = cache.lengths, cache.next_slots(), self._turns(cache)
-        turns = HeadsRotation(turns.cos[positions], turns.sin[positions])
-        far, near = self._visible(positions, cache.span(1))
+        between = self.between(cache, self._turns(cache), self.palm.sliding_window)
         x = F.embedding(tokens, self.palm.token_emb.weight)
+        if self.to_logits.packed and len(x) < FEWEST:
+            x = F.pad(x, (0, 0, 0, FEWEST - len(x)))
         for i, layer in enumerate(self.layers):
-            x = layer(x, turns, cache, i, slots, near if self.palm.windowed[i] else far)
-        logits = self.to_logits(self.norm(x))
+            x = layer(x, between, i)
+        logits = self.to_logits(self.norm(x))[: len(tokens)]
         return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
-
-    def _visible(self, positions: Tensor, slots: int) -> tuple[Tensor | None, Tensor | None]:
-        """Masks of layers that see everything, and of those with a window: (m, 1, 1, slots), None where all is seen."""
-        far, window = None, self.palm.sliding_window
-        if int(positions.min()) + 1 < slots:
-            unseen = torch.arange(slots) > positions[:, None]
-            far = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, None, None]
-        if window is None or slots <= window:
-            return far, far
-        return far, added_to_scores(window_mask(positions[:, None], slots, window), torch.float32)
 
     def _turns(self, cache: KVCache) -> HeadsRotation:
         """Of every position that the cache has room for."""

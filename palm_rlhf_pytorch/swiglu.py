@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from palm_rlhf_pytorch.products import by_onednn, linear, multiplied
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
 
@@ -32,8 +35,8 @@ def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, into, out))
     if trained and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return ProjectSwiGLU.apply(x, into, out)
-    first, last = split(F.linear(x, into), out)
-    return first, F.linear(swiglu(last), out)
+    first, last = split(linear(x, into), out)
+    return first, linear(swiglu(last), out)
 
 
 def split(projected: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +55,9 @@ class ProjectSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        first, value, gate = (F.linear(x, w) for w in parts(into, out))
+        first, value, gate = (linear(x, w) for w in parts(into, out))
         ctx.save_for_backward(x, into, out, value, gate)
-        return first, F.linear(F.silu(gate).mul_(value), out)
+        return first, linear(F.silu(gate).mul_(value), out)
 
     @staticmethod
     def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,15 +70,11 @@ class ProjectSwiGLU(torch.autograd.Function):
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         flat = [t.reshape(-1, t.shape[-1]) for t in (x, value, gate, to_first, to_last)]
         rows, value, gate, to_first, to_last = flat
-        inner, to_value, to_gate = swiglu_backward(to_last @ out, value, gate)
+        inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate)
         gradients = to_first, to_value, to_gate
         to_x = to_into = to_out = None
         if ctx.needs_input_grad[0]:
-            weights = parts(into, out)
-            to_x = gradients[0] @ weights[0]
-            for g, w in zip(gradients[1:], weights[1:], strict=True):
-                to_x.addmm_(g, w)
-            to_x = to_x.view(x.shape)
+            to_x = sum_of_products(gradients, parts(into, out)).view(x.shape)
         if ctx.needs_input_grad[1]:
             to_into = torch.empty_like(into)
             for g, place in zip(gradients, parts(to_into, out), strict=True):
@@ -83,6 +82,14 @@ class ProjectSwiGLU(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             to_out = to_last.t() @ inner
         return to_x, to_into, to_out
+
+
+def sum_of_products(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum of f w over factors (m, o) and weights (o, d): (m, d)."""
+    total = linear(factors[0], weights[0].t())
+    for f, w in zip(factors[1:], weights[1:], strict=True):
+        total = multiplied(f, w.t(), total) if by_onednn(f, w.t()) else total.addmm_(f, w)
+    return total
 
 
 def parts(into: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
