@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.lora import LoRA, LoraOptions, side_by_side
 from palm_rlhf_pytorch.precision import Unrounded, at_least_float32
-from palm_rlhf_pytorch.products import linear
+from palm_rlhf_pytorch.products import Linear
+from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
 
@@ -96,9 +97,9 @@ class ParallelTransformerBlock(nn.Module):
             self.q_norm, self.k_norm = HeadsGain(heads, dim_head), HeadsGain(kv_heads, dim_head)
         self.attend = Attention(dropout=attn_dropout, causal=causal, use_flash_attn=flash_attn)
         self.rotary_emb = rotary_emb or RotaryEmbedding(dim_head, xpos_scale_base, use_xpos and causal)
-        self.fused_attn_ff_proj = nn.Linear(dim, sum(self.fused_dims), bias=False)
-        self.attn_out = nn.Linear(attn_inner, dim, bias=False)
-        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), nn.Linear(ff_inner, dim, bias=False))
+        self.fused_attn_ff_proj = Linear(dim, sum(self.fused_dims), bias=False)
+        self.attn_out = Linear(attn_inner, dim, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Dropout(ff_dropout), Linear(ff_inner, dim, bias=False))
 
     def new_lora(self, options: LoraOptions) -> nn.ModuleList:
         """Adapters for q, k, v and the attention output; with `ff` for the feedforward's value, gate and output too."""
@@ -130,11 +131,16 @@ class ParallelTransformerBlock(nn.Module):
         *,
         rotation: HeadsRotation | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        repeated: RepeatedTokens | None = None,
     ) -> Tensor:
-        """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to."""
-        x = self.norm(x)
+        """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to;
+        `repeated` tells where x is the same.
+        """
         attn_inner, kv_inner, *_ = self.fused_dims
-        qkv, ff = self._project(x, finetune_modules)
+        if repeated is None:
+            qkv, ff = self._project(self.norm(x), finetune_modules)
+        else:
+            qkv, ff = map(repeated.everywhere, self._project(self.norm(repeated.once(x)), finetune_modules))
         qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         qk = self._normed(rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads))
         if self.rotates:
@@ -146,10 +152,15 @@ class ParallelTransformerBlock(nn.Module):
             k, v = remember(k, v)
 
         out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
-        attended = linear(out, self.attn_out.weight)
+        attended = self.attn_out(out)
         if finetune_modules is not None:
             attended = attended + finetune_modules[3](out)
         return attended + ff
+
+    @property
+    def drops(self) -> bool:
+        """Whether the feedforward drops out features, in every place others."""
+        return self.training and self.ff_out[1].p > 0
 
     @property
     def heads_gains(self) -> Tensor:
@@ -166,11 +177,11 @@ class ParallelTransformerBlock(nn.Module):
         return F.normalize(qk, dim=-1) * self.heads_gains if self.qk_rmsnorm else qk
 
     def _project(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
-        """x, normed (b, n, d) -> queries, keys and values side by side, and what the feedforward gives (b, n, d)."""
+        """x, normed (..., d) -> queries, keys and values side by side, and what the feedforward gives (..., d)."""
         if lora is not None and len(lora) > 4:
             return self._project_adapted(x, lora)
-        _, dropout, ff_out = self.ff_out
-        if dropout.p == 0 or not self.training:
+        ff_out = self.ff_out[2]
+        if not self.drops:
             qkv, ff = project_swiglu(x, self.fused_attn_ff_proj.weight, ff_out.weight)
         else:
             qkv, ff = split(self.fused_attn_ff_proj(x), ff_out.weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.kv_cache import KVCache

@@ -13,7 +13,7 @@ from palm_rlhf_pytorch.attention import Attention, added_to_scores, window_mask
 from palm_rlhf_pytorch.blocks import HeadsGain, LayerNorm, ParallelTransformerBlock, Residual
 from palm_rlhf_pytorch.fused_step import Fused
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.products import multiplied, onednn_is_faster
+from palm_rlhf_pytorch.products import Linear, multiplied, onednn_is_faster
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACKED_FOR = 64  # rows that the layout is chosen for; it serves any number
 FEWEST = 4  # rows that packed products are done with: oneDNN takes longer for fewer
 PARTS = {Residual, ParallelTransformerBlock, LayerNorm, HeadsGain, Attention, RotaryEmbedding, SwiGLU}
-PARTS |= {nn.ModuleList, nn.Sequential, nn.Embedding, nn.Linear, nn.Dropout}
+PARTS |= {nn.ModuleList, nn.Sequential, nn.Embedding, Linear, nn.Dropout}
 
 
 def can_pack(model: object) -> bool:
@@ -46,8 +46,8 @@ def hooked(model: object) -> bool:
 
 
 class Matrix:
-    """W (o, i), for x W^T: in oneDNN's blocked layout, or as it is where only single rows come and MKL is good at them, a
-    matrix-vector product that needs no layout. With few rows MKL's own is 1.3 to 3 times slower than the former.
+    """W (o, i), for x W^T: in oneDNN's blocked layout, or as it is where only single rows come and MKL is good at them,
+    a matrix-vector product that needs no layout. With few rows MKL's own is 1.3 to 3 times slower than the former.
     """
 
     def __init__(self, weight: Tensor, rows: int):

@@ -22,6 +22,8 @@ from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, 
 from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
 from palm_rlhf_pytorch.pretrained import PretrainedMixin
+from palm_rlhf_pytorch.products import Linear
+from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens, repeated_tokens
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
 from palm_rlhf_pytorch.vocabulary import Lookup, as_computed, linear_cross_entropy
@@ -117,7 +119,7 @@ class PaLM(PretrainedMixin, nn.Module):
         )
         self.layers = nn.ModuleList([Residual(block(rotates=i not in global_layers)) for i in range(depth)])
         self.norm = LayerNorm(dim, norm_eps)
-        self.to_logits = nn.Linear(dim, num_tokens, bias=False)
+        self.to_logits = Linear(dim, num_tokens, bias=False)
         self.to_logits.weight = self.token_emb.weight
         nn.init.normal_(self.token_emb.weight, std=0.02)
 
@@ -311,7 +313,12 @@ class PaLM(PretrainedMixin, nn.Module):
             embeds = self.token_emb(ids)
         if extra_embed is not None:
             embeds = embeds + extra_embed.to(embeds.dtype)
-        embeds = self._layers(embeds, mask, lora) if cache is None else self._cached(embeds, mask, lora, cache)
+        # what is added is added by place; and each place drops out features of its own
+        repeated = repeated_tokens(ids) if extra_embed is None and not self.layers[0].fn.drops else None
+        if cache is None:
+            embeds = self._layers(embeds, mask, lora, repeated)
+        else:
+            embeds = self._cached(embeds, mask, lora, cache, repeated)
         embeds = self.norm(embeds)
 
         if return_only_embedding:
@@ -323,7 +330,9 @@ class PaLM(PretrainedMixin, nn.Module):
         logits = self.logits_of(embeds)
         return (logits, embeds) if return_logits_with_embedding else logits
 
-    def _layers(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None) -> Tensor:
+    def _layers(
+        self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, repeated: RepeatedTokens | None
+    ) -> Tensor:
         n = x.shape[1]
         rotation = self.rotary_emb(n).over(self.heads, self.kv_heads)
         if mask is not None and mask.ndim == 2 and self.causal:
@@ -334,7 +343,8 @@ class PaLM(PretrainedMixin, nn.Module):
             (near,) = as_computed(narrowed(mask, window_mask(positions, n, self.sliding_window), x.dtype))
         for i, layer in enumerate(self.layers):
             visible = near if self.windowed[i] else mask
-            x = self._run(layer, x, visible, lora[i] if lora is not None else None, rotation=rotation)
+            own = lora[i] if lora is not None else None
+            x = self._run(layer, x, visible, own, rotation=rotation, repeated=repeated if i == 0 else None)
         return x
 
     def _run(self, layer: nn.Module, *args: Any, recomputable: bool = True, **kwargs: Any) -> Tensor:
@@ -347,16 +357,30 @@ class PaLM(PretrainedMixin, nn.Module):
         """Whether n tokens are more than a layer's window, if there is one."""
         return self.sliding_window is not None and n > self.sliding_window
 
-    def _cached(self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, cache: Memory) -> Tensor:
+    def _cached(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        lora: nn.ModuleList | None,
+        cache: Memory,
+        repeated: RepeatedTokens | None,
+    ) -> Tensor:
         if not self.causal:
             raise ValueError("an encoder (causal=False) sees the future and cannot use a key/value cache")
         n = x.shape[1]
         cache.reserve(n)
-        x = self._after(x, lora, cache, first=cache.filled == 0)
+        x = self._after(x, lora, cache, first=cache.filled == 0, repeated=repeated)
         cache.advance(n if mask is None else mask.sum(dim=-1), n)
         return x
 
-    def _after(self, x: Tensor, lora: nn.ModuleList | None, cache: Memory, first: bool = False) -> Tensor:
+    def _after(
+        self,
+        x: Tensor,
+        lora: nn.ModuleList | None,
+        cache: Memory,
+        first: bool = False,
+        repeated: RepeatedTokens | None = None,
+    ) -> Tensor:
         """The layers on x (b, n, d), which follows what is cached; their keys and values are stored."""
         n = x.shape[1]
         positions = cache.lengths[:, None] + torch.arange(n, device=x.device)
@@ -375,8 +399,8 @@ class PaLM(PretrainedMixin, nn.Module):
             visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
             own = lora[i] if lora is not None else None
-            keywords = {"rotation": rotation, "remember": remember, "recomputable": cache.recomputable}
-            x = self._run(layer, x, visible, own, **keywords)
+            keywords = {"rotation": rotation, "remember": remember, "repeated": repeated if i == 0 else None}
+            x = self._run(layer, x, visible, own, recomputable=cache.recomputable, **keywords)
         return x
 
     def next_logits(

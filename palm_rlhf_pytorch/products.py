@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALL = 2**20  # multiplications; below, what oneDNN takes a call (15 us) is more than it saves
-KINDS = (Tensor, torch.nn.Parameter)  # what is spread over processes, say, is torch's business
+CPUINFO = Path("/proc/cpuinfo")
+KINDS = (Tensor, nn.Parameter)  # what is spread over processes, say, is torch's business
 
 
 @cache
@@ -23,8 +24,8 @@ def onednn_is_faster() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return False
-    cpuinfo = Path("/proc/cpuinfo")
-    vendors = [line for line in cpuinfo.read_text().splitlines() if "vendor_id" in line] if cpuinfo.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    vendors = [line for line in lines if line.startswith("vendor_id")]
     return bool(vendors) and "GenuineIntel" not in vendors[0]
 
 
@@ -53,13 +54,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if not by_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return Linear.apply(x, weight)
+        return Product.apply(x, weight)
     return multiplied(x, weight)
 
 
-class Linear(torch.autograd.Function):
-    """`linear` by oneDNN, with its gradients, of any order. That of the weight is MKL's: oneDNN would first lay out both
-    factors anew.
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight) if self.bias is None else super().forward(x)
+
+
+class Product(torch.autograd.Function):
+    """`linear` by oneDNN, with its gradients, of any order. That of the weight is MKL's: oneDNN would first lay out
+    both factors anew.
     """
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palm_rlhf_pytorch.native import library
 from palm_rlhf_pytorch.products import by_onednn, linear, multiplied
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
+SMALL = 2**12  # numbers; below, a call outside of torch does not pay
 
 
 class SwiGLU(nn.Module):
@@ -22,8 +25,36 @@ class SwiGLU(nn.Module):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    x, gate = x.chunk(2, dim=-1)
-    return F.silu(gate) * x
+    value, gate = x.chunk(2, dim=-1)
+    return F.silu(gate) * value if torch.is_grad_enabled() and x.requires_grad else gated(value, gate)
+
+
+def gated(value: Tensor, gate: Tensor) -> Tensor:
+    """silu(gate) * value, without a graph."""
+    if not in_one_pass(value, gate):
+        return F.silu(gate) * value
+    out, n = torch.empty_like(value, memory_format=torch.contiguous_format), value.shape[-1]
+    width = value.stride(-2) if value.ndim > 1 else n
+    sizes = (ctypes.c_int64(size) for size in (value.numel() // n, n, width))
+    library("swiglu").forward(*pointers(value, gate), *sizes, *pointers(out))
+    return out
+
+
+def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+
+def in_one_pass(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape lie as native/swiglu.cpp reads them: float32, rows at one distance, on a CPU where
+    it could be compiled.
+    """
+    one, strides = tensors[0], {t.stride() for t in tensors}
+    if one.device.type != "cpu" or one.numel() < SMALL or any(t.dtype != torch.float32 for t in tensors):
+        return False
+    if len(strides) > 1 or one.stride(-1) != 1 or torch.compiler.is_compiling() or type(one) is not Tensor:
+        return False
+    steps = zip(one.stride()[:-2], one.stride()[1:-1], one.shape[1:-1], strict=True)
+    return all(outer == inner * size for outer, inner, size in steps) and library("swiglu") is not None
 
 
 def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +88,7 @@ class ProjectSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         first, value, gate = (linear(x, w) for w in parts(into, out))
         ctx.save_for_backward(x, into, out, value, gate)
-        return first, linear(F.silu(gate).mul_(value), out)
+        return first, linear(gated(value, gate), out)
 
     @staticmethod
     def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,6 +132,10 @@ def parts(into: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def swiglu_backward(to_inner: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """silu(gate) * value again, and its gradients by value and by gate; all (m, f), the last in to_inner's memory."""
     inner, to_value = torch.empty_like(value), torch.empty_like(value)
+    if to_inner.is_contiguous() and in_one_pass(to_inner, value, gate):
+        given, made = pointers(to_inner, value, gate), pointers(inner, to_value)
+        library("swiglu").backward(*given, ctypes.c_int64(value.numel()), *made)
+        return inner, to_value, to_inner
     rows = max(1, BLOCK // value.shape[-1])
     for g, v, z, inside, by_value in zip(
         *(t.split(rows) for t in (to_inner, value, gate, inner, to_value)), strict=True

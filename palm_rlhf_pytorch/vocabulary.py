@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from palm_rlhf_pytorch.precision import HALVES
+from palm_rlhf_pytorch.products import linear
 
 LOGITS_PER_CHUNK = 2**22  # 16 MiB in float32, which a CPU's caches still serve
 ROWS_PER_CHUNK = 64  # at least: each chunk reads the whole weight
@@ -38,7 +39,7 @@ def linear_log_probs(
     """
     embeds, weight, rounded = as_multiplied(embeds, weight)
     if embeds.shape[0] <= rows_of_chunk(weight) and rounded:
-        log_probs = log_softmax(F.linear(embeds, weight) * scale, temperature)
+        log_probs = log_softmax(linear(embeds, weight) * scale, temperature)
         return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy_of(log_probs)
     with torch.autocast(embeds.device.type, enabled=False):  # what follows is float32 wherever sums are taken
         return ChunkedLogProbs.apply(embeds, weight, targets, scale / temperature, rounded)
@@ -73,7 +74,7 @@ def linear_cross_entropy(
     """
     embeds, weight, rounded = as_multiplied(embeds, weight)
     if embeds.shape[0] <= rows_of_chunk(weight) and rounded:
-        logits = F.linear(embeds, weight)
+        logits = linear(embeds, weight)
         return F.cross_entropy((logits if scale == 1.0 else logits * scale).float(), targets, ignore_index=ignore_index)
     if not torch.is_grad_enabled():  # a Function is not told, and would make gradients
         embeds, weight = embeds.detach(), weight.detach()
@@ -103,10 +104,10 @@ def as_multiplied(embeds: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]
 def float_logits(embeds: Tensor, weight: Tensor, rounded: bool) -> Tensor:
     """embeds (m, d) @ weight^T (v, d) -> (m, v) in float32, its sums not rounded in between unless they may be."""
     if rounded or (weight.is_cuda and not MULTIPLIES_INTO_FLOAT32):
-        return F.linear(embeds, weight).float()
+        return linear(embeds, weight).float()
     if weight.is_cuda:
         return torch.mm(embeds, weight.t(), out_dtype=torch.float32)
-    return F.linear(embeds.float(), weight.float())
+    return linear(embeds.float(), weight.float())
 
 
 def rows_of_chunk(weight: Tensor) -> int:
@@ -168,7 +169,7 @@ class Gradients:
         rows = slice(self.row, self.row + len(embeds))
         self.row = rows.stop
         if self.embeds is not None:
-            torch.mm(of_logits, weight, out=self.embeds[rows])
+            self.embeds[rows] = linear(of_logits, weight.t())
         if self.weight is not None and self.dtype == torch.float32:
             self.weight.addmm_(of_logits.t(), embeds)
         elif self.weight is not None:
@@ -198,7 +199,7 @@ class FloatLogits(torch.autograd.Function):
 def all_log_probs(embeds: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """log softmax(scale * embeds @ weight^T) of a chunk, with its gradient: (m, d), (v, d) -> (m, v) float32."""
     embeds, weight, rounded = as_multiplied(embeds, weight)
-    logits = F.linear(embeds, weight).float() if rounded else FloatLogits.apply(embeds, weight)
+    logits = linear(embeds, weight).float() if rounded else FloatLogits.apply(embeds, weight)
     return (logits * scale).log_softmax(dim=-1)
 
 

@@ -100,10 +100,14 @@ def test_a_merged_adapter_is_packed(make_palm, packings, lora_ff):
     assert_same(answers(model, "packed"), answers(model, "plain"))
 
 
-def test_a_single_row_needs_no_layout(make_palm):
+def test_a_single_row_needs_no_layout_where_mkl_is_good(make_palm, monkeypatch):
     model = make_palm()
-    one, two = (PackedStep(model, rows).to_logits for rows in (1, 2))
-    assert two.packed and not one.packed and one.weight.data_ptr() == model.to_logits.weight.data_ptr()
+    for onednn in (False, True):
+        monkeypatch.setattr(packed_step, "onednn_is_faster", lambda faster=onednn: faster)
+        one, two = (PackedStep(model, rows).to_logits for rows in (1, 2))
+        assert two.packed and one.packed == onednn
+        assert onednn or one.weight.data_ptr() == model.to_logits.weight.data_ptr()
+        assert_same(answers(model, "packed", 1), answers(model, "plain", 1))
 
 
 @torch.no_grad()

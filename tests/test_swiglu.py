@@ -42,6 +42,55 @@ def test_the_split_projection_is_the_formula(monkeypatch, block, trained):
         torch.testing.assert_close(a, b)
 
 
+@pytest.fixture
+def both_ways(monkeypatch):
+    """A call in one pass of C++, and the same in torch's operations."""
+    if swiglu.library("swiglu") is None:
+        pytest.skip("there is no C++ compiler to be found")
+    monkeypatch.setattr(swiglu, "SMALL", 0)
+
+    def call(function, *tensors):
+        assert swiglu.in_one_pass(*tensors)
+        ours = function(*(t.clone() if t.is_contiguous() else t for t in tensors))
+        with monkeypatch.context() as patch:
+            patch.setattr(swiglu, "library", lambda name: None)
+            return ours, function(*(t.clone() if t.is_contiguous() else t for t in tensors))
+
+    return call
+
+
+SPREAD = torch.tensor([-1e4, -100.0, -88.0, -20.0, -1.0, -1e-4, 0.0, 1e-4, 1.0, 20.0, 88.0, 100.0, 1e4])
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 37])
+def test_one_pass_is_the_formula(both_ways, n):
+    value, gate = torch.randn(5, n), torch.randn(5, n) * 4
+    torch.testing.assert_close(*both_ways(swiglu.gated, value, gate), rtol=1e-5, atol=1e-6)
+    wide = torch.randn(2, 3, 2 * n + 7)  # as it comes out of the block's projection
+    torch.testing.assert_close(*both_ways(swiglu.gated, wide[..., 7 : n + 7], wide[..., n + 7 :]), rtol=1e-5, atol=1e-6)
+    for a, b in zip(*both_ways(swiglu.swiglu_backward, torch.randn(5, n), value, gate), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_one_pass_far_from_zero(both_ways):
+    gate = SPREAD.repeat(2, 3)
+    torch.testing.assert_close(*both_ways(swiglu.gated, torch.ones_like(gate), gate), rtol=1e-5, atol=1e-6)
+    ours, theirs = both_ways(swiglu.swiglu_backward, torch.ones_like(gate), torch.ones_like(gate), gate)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    broken, _ = both_ways(swiglu.gated, torch.ones(1, 20), torch.full((1, 20), torch.nan))
+    assert broken.isnan().all()
+
+
+def test_what_one_pass_cannot_read(monkeypatch):
+    monkeypatch.setattr(swiglu, "SMALL", 1)
+    x = torch.randn(4, 6, 8)
+    assert not swiglu.in_one_pass(x.double()) and not swiglu.in_one_pass(x.transpose(1, 2))
+    assert not swiglu.in_one_pass(x[:, :, :4], x[:, :, :4].contiguous())  # rows at two distances
+    assert not swiglu.in_one_pass(x[:, :3, :4])  # and at no single one
+    assert not swiglu.in_one_pass(torch.empty(0, 4))
+
+
 def test_an_output_that_is_not_used():
     x, into, out = torch.randn(5, 6, requires_grad=True), torch.randn(14, 6), torch.randn(6, 5)
     (gradient,) = torch.autograd.grad(project_swiglu(x, into, out)[0].sum(), x)

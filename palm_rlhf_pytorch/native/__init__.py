@@ -1,5 +1,5 @@
-"""C++ for a CPU, where one pass over memory beats a row of torch's operations. It is compiled when it is first asked for,
-which takes a second, and kept for the next process; without a compiler the plain twins in Python do the work.
+"""C++ for a CPU, where one pass over memory beats a row of torch's operations. It is compiled when it is first asked
+for, which takes a second, and kept for the next process; without a compiler the plain twins in Python do the work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from palm_rlhf_pytorch.products import CPUINFO
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
@@ -41,7 +43,8 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def compiled(source: Path, compiler: str, openmp: str) -> Path:
     """The shared library made of a source: that of an earlier process, if all that went into it is the same."""
-    ingredients = (source.read_text(), compiler, openmp, *FLAGS, processor())
+    headers = sorted(source.parent.glob("*.h"))
+    ingredients = (*(file.read_text() for file in (source, *headers)), compiler, openmp, *FLAGS, processor())
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
     folder = cache_folder()
     made = folder / f"{source.stem}-{key}.so"
@@ -62,30 +65,25 @@ def run(*command: str) -> None:
 
 
 def cache_folder() -> Path:
-    base = os.environ.get(CACHE)
-    return (
-        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palm_rlhf_pytorch"
-    )
+    if own := os.environ.get(CACHE):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palm_rlhf_pytorch"
 
 
 def processor() -> str:
     """What code for this very processor may differ by: a home directory can be shared by several machines."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     about = [line for line in lines if line.startswith(("vendor_id", "model name", "flags", "Features"))]
     return "\n".join([platform.machine(), *sorted(set(about))])
 
 
 @cache
 def loaded_openmp() -> str | None:
-    """The file of the OpenMP runtime that torch has loaded; None where there is none or more than one to choose from."""
+    """The file of the OpenMP runtime that torch runs on: its own, or the only one there is; None if that is unclear."""
     torch.get_num_threads()  # the runtime is there from here on
     maps = Path("/proc/self/maps")
-    files = (
-        {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if ".so" in line}
-        if maps.exists()
-        else set()
-    )
-    runtimes = {file for file in files if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))}
-    inside = [file for file in runtimes if Path(file).is_relative_to(Path(torch.__file__).parents[1])]
-    return inside[0] if len(inside) == 1 else next(iter(runtimes)) if len(runtimes) == 1 else None
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    files = {Path(line.split(maxsplit=5)[5]) for line in lines if ".so" in line}
+    runtimes = {file for file in files if file.name.startswith(("libgomp", "libiomp5", "libomp"))}
+    own = {file for file in runtimes if file.is_relative_to(Path(torch.__file__).parent)} or runtimes
+    return str(*own) if len(own) == 1 else None

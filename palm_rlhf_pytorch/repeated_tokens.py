@@ -1,0 +1,40 @@
+"""What the first layer computes of a token before attention depends on nothing else, so it is computed once a token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST = 256  # places; below, finding out costs more than it may save
+WORTH = 0.75  # of the places hold different tokens at most
+
+
+class RepeatedTokens(NamedTuple):
+    """Which places (b, n) hold the same token: u different ones."""
+
+    first: Tensor  # (u,) a place that holds each, counted over b and n
+    which: Tensor  # (b, n) the token's number among the u
+
+    def once(self, x: Tensor) -> Tensor:
+        """x (b, n, d), the same wherever a token is -> (u, d)."""
+        return x.flatten(0, 1).index_select(0, self.first)
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """(u, d) -> (b, n, d)."""
+        return x.index_select(0, self.which.flatten()).unflatten(0, self.which.shape)
+
+
+def repeated_tokens(ids: Tensor) -> RepeatedTokens | None:
+    """The repetitions among ids (b, n); None where they are not worth it. Only on a CPU: how many tokens differ decides
+    shapes, for which a GPU would be waited for, and which may not hang on the data while compiling.
+    """
+    if ids.device.type != "cpu" or ids.numel() < LEAST or torch.compiler.is_compiling():
+        return None
+    different, which = ids.unique(return_inverse=True)
+    if len(different) > WORTH * ids.numel():
+        return None
+    places = torch.arange(ids.numel())
+    first = places.new_full(different.shape, ids.numel()).scatter_reduce_(0, which.flatten(), places, "amin")
+    return RepeatedTokens(first, which)

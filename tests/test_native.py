@@ -1,0 +1,99 @@
+"""What is compiled: once, for this processor, on torch's own threads; and what happens where it cannot be."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from palm_rlhf_pytorch import native
+from palm_rlhf_pytorch.native import library
+
+SOURCES = sorted(path.stem for path in Path(native.__file__).parent.glob("*.cpp"))
+compiles = pytest.mark.skipif(library("swiglu") is None, reason="there is no C++ compiler, or no OpenMP, to be found")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a new process with an empty cache."""
+    monkeypatch.setenv(native.CACHE, str(tmp_path / "cache"))
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    return lambda name: library.__wrapped__(name)
+
+
+@compiles
+@pytest.mark.parametrize("name", SOURCES)
+def test_compiled_once_and_kept(fresh, tmp_path, monkeypatch, name):
+    assert fresh(name) is not None
+    (made,) = (tmp_path / "cache").iterdir()
+    assert made.suffix == ".so"
+    monkeypatch.setattr(native, "run", lambda *command: pytest.fail("compiled again"))
+    assert fresh(name) is not None
+
+
+@compiles
+def test_another_processor_or_source_is_another_file(fresh, tmp_path, monkeypatch):
+    fresh("swiglu")
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    fresh("swiglu")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@compiles
+def test_no_warnings(monkeypatch):
+    for name in SOURCES:
+        command = (
+            native.shutil.which("g++"),
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *native.FLAGS,
+            "-fopenmp",
+            "-o",
+            "/dev/null",
+        )
+        if command[0] is not None:
+            native.run(*command, str(Path(native.__file__).with_name(f"{name}.cpp")))
+
+
+@compiles
+def test_threads_are_torchs():
+    """One OpenMP runtime in the process, or two pools of threads would fight for the cores."""
+    code = (
+        "from palm_rlhf_pytorch.native import library; library('swiglu');"
+        "print(len({l.split()[5] for l in open('/proc/self/maps') if 'omp' in l and '.so' in l}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert fresh("swiglu") is None
+
+
+def test_without_a_single_openmp(fresh, monkeypatch):
+    monkeypatch.setattr(native, "loaded_openmp", lambda: None)
+    assert fresh("swiglu") is None
+
+
+def test_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert fresh("swiglu") is None
+
+
+@compiles
+def test_what_does_not_compile_is_told_and_done_without(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag", *native.FLAGS))
+    with caplog.at_level(logging.WARNING):
+        assert fresh("swiglu") is None
+    assert "swiglu.cpp could not be compiled" in caplog.text and "no-such-flag" in caplog.text
+
+
+@compiles
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    tmp_path.chmod(0o500)
+    assert fresh("swiglu") is None

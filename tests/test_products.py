@@ -1,0 +1,110 @@
+"""Products by oneDNN are those of `F.linear`, with gradients of any order, and are left to torch where they must be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from palm_rlhf_pytorch import products
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.products import Linear, by_onednn, linear, multiplied
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def everything(monkeypatch):
+    """Whatever may go to oneDNN goes there, whichever processor this is."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "SMALL", 0)
+
+
+@pytest.mark.parametrize("x_shape", [(7, 6), (2, 5, 6), (6,), (1, 6)])
+def test_the_product(x_shape):
+    x, weight = torch.randn(x_shape), torch.randn(4, 6)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    added = torch.randn(*x_shape[:-1], 4)
+    if x.ndim > 1:
+        torch.testing.assert_close(multiplied(x, weight, added), F.linear(x, weight) + added)
+
+
+def test_the_module():
+    module, x = Linear(6, 4, bias=False), torch.randn(3, 6)
+    torch.testing.assert_close(module(x), x @ module.weight.t())
+    biased = Linear(6, 4)
+    torch.testing.assert_close(biased(x), x @ biased.weight.t() + biased.bias)
+
+
+def test_views():
+    wide, weight = torch.randn(5, 20), torch.randn(9, 6)
+    torch.testing.assert_close(linear(wide[:, 3:9], weight), wide[:, 3:9] @ weight.t())
+    torch.testing.assert_close(linear(wide[:, 3:9], weight[2:5]), wide[:, 3:9] @ weight[2:5].t())
+    torch.testing.assert_close(linear(wide[:, :9], weight.t()), wide[:, :9] @ weight)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_gradients(trained):
+    x, weight = torch.randn(3, 5, 6), torch.randn(4, 6)
+    for t, wanted in zip((x, weight), trained, strict=True):
+        t.requires_grad_(wanted)
+    ours, theirs = linear(x, weight), F.linear(x, weight)
+    assert type(ours.grad_fn) is not type(theirs.grad_fn)
+    back, learned = torch.randn_like(ours), [t for t in (x, weight) if t.requires_grad]
+    for a, b in zip(*(torch.autograd.grad(out, learned, back) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives():
+    def twice(product):
+        x, weight = (torch.linspace(-1, 1, n).view(-1, 3).requires_grad_() for n in (12, 6))
+        by_x, by_weight = torch.autograd.grad(product(x, weight).pow(3).sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(by_x.pow(2).sum() + by_weight.sum(), (x, weight))
+
+    for a, b in zip(twice(linear), twice(F.linear), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_left_to_torch(monkeypatch):
+    x, weight = torch.randn(5, 6), torch.randn(4, 6)
+    assert by_onednn(x, weight) and by_onednn(x, torch.nn.Parameter(weight))
+    assert not by_onednn(x.double(), weight.double()) and not by_onednn(x.bfloat16(), weight.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not by_onednn(x, weight) and linear(x, weight).dtype == torch.bfloat16
+    for slow in (torch.randn(4, 12)[:, :6], torch.randn(1, 6).expand(4, -1)):  # 1,000 times slower there
+        assert not by_onednn(x, slow)
+    monkeypatch.setattr(products, "SMALL", 5 * 6 * 4 + 1)
+    assert not by_onednn(x, weight)
+    monkeypatch.setattr(products, "SMALL", 0)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    assert not by_onednn(x, weight)
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, expected",
+    [
+        ("vendor_id\t: AuthenticAMD\n", True),
+        ("vendor_id\t: GenuineIntel\n", False),
+        ("CPU implementer\t: 0x41\n", False),
+    ],
+)
+def test_the_vendor_decides(monkeypatch, tmp_path, cpuinfo, expected):
+    monkeypatch.undo()  # the function itself
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + cpuinfo)
+    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    products.onednn_is_faster.cache_clear()
+    assert products.onednn_is_faster() == expected
+    products.onednn_is_faster.cache_clear()
+
+
+def test_a_model_learns_the_same(monkeypatch):
+    def gradients():
+        torch.manual_seed(0)
+        palm = PaLM(num_tokens=50, dim=24, depth=2, dim_head=8, heads=4, finetune_scopes=["a"], lora_ff=True)
+        torch.nn.init.normal_(palm.finetune_modules["a"][0][0].B)
+        palm(torch.randint(0, 50, (3, 17)), return_loss=True, finetune_scope="a").backward()
+        return [p.grad for p in palm.parameters()]
+
+    ours = gradients()
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    for a, b in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,88 @@
+"""The first layer computes each different token once: the same results and gradients as place by place."""
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch import palm as palm_module
+from palm_rlhf_pytorch import repeated_tokens as module
+from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.repeated_tokens import repeated_tokens
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(module, "LEAST", 1)
+
+
+def test_which_and_first():
+    found = repeated_tokens(torch.tensor([[7, 3, 7, 7], [3, 3, 9, 7]]))
+    assert found.first.tolist() == [1, 0, 6] and found.which.tolist() == [[1, 0, 1, 1], [0, 0, 2, 1]]
+    x = torch.tensor([[7.0, 3, 7, 7], [3, 3, 9, 7]])[..., None]
+    assert found.once(x).tolist() == [[3], [7], [9]] and torch.equal(found.everywhere(found.once(x)), x)
+
+
+def test_only_where_it_is_worth_it(monkeypatch):
+    assert repeated_tokens(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 7]])) is None  # 7 of 8 differ
+    assert repeated_tokens(torch.tensor([[1, 2, 3, 4], [5, 6, 6, 6]])) is not None  # 6 of 8
+    monkeypatch.setattr(module, "LEAST", 9)
+    assert repeated_tokens(torch.ones(2, 4, dtype=torch.long)) is None
+    assert repeated_tokens(torch.ones(1, 9, dtype=torch.long)) is not None
+
+
+KINDS = {
+    "plain": {},
+    "no xpos, normalised": {"use_xpos": False, "qk_layernorm": True, "kv_heads": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "encoder": {"causal": False},
+    "attention's dropout is by place anyway": {"attn_dropout": 0.3},
+    "adapters": {"finetune_scopes": ["a"]},
+    "adapters in the feedforward": {"finetune_scopes": ["a"], "lora_ff": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_with_and_without(monkeypatch, kind):
+    def run(shared):
+        used = []
+        monkeypatch.setattr(
+            palm_module, "repeated_tokens", lambda ids: used.append(r := repeated_tokens(ids) if shared else None) or r
+        )
+        torch.manual_seed(0)
+        palm = PaLM(num_tokens=9, dim=16, depth=2, dim_head=8, heads=4, **KINDS[kind])
+        for parameter in palm.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        scope = "a" if "finetune_scopes" in KINDS[kind] else None
+        ids = torch.randint(0, 9, (3, 14))
+        ids[1, 10:] = -1  # padding
+        torch.manual_seed(1)
+        embeds = palm(ids, return_only_embedding=True, finetune_scope=scope)
+        (embeds * torch.linspace(-1, 1, 16)).sum().backward()
+        assert (used[0] is not None) == shared
+        return embeds.detach(), [p.grad for p in palm.parameters()]
+
+    (ours, learned), (theirs, expected) = run(True), run(False)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(learned, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_read_into_a_cache(monkeypatch):
+    palm = PaLM(num_tokens=5, dim=16, depth=2, dim_head=8, heads=2)
+    ids, caches = torch.randint(0, 5, (2, 12)), []
+    for find in (repeated_tokens, lambda ids: None):
+        monkeypatch.setattr(palm_module, "repeated_tokens", find)
+        caches.append(palm.new_cache(2, 12))
+        palm(ids, cache=caches[-1])
+    torch.testing.assert_close(caches[0].memory, caches[1].memory)
+
+
+@pytest.mark.parametrize("mode", ["added by place", "dropout"])
+def test_not_where_places_differ(monkeypatch, mode):
+    monkeypatch.setattr(palm_module, "repeated_tokens", lambda ids: pytest.fail("places differ"))
+    palm = PaLM(num_tokens=5, dim=16, depth=1, dim_head=8, heads=2, ff_dropout=0.5 if mode == "dropout" else 0.0)
+    palm(torch.ones(2, 9, dtype=torch.long), extra_embed=torch.randn(2, 9, 16) if mode != "dropout" else None)
+
+
+def test_dropout_does_no_harm_in_evaluation():
+    palm = PaLM(num_tokens=5, dim=16, depth=1, dim_head=8, heads=2, ff_dropout=0.5)
+    assert palm.layers[0].fn.drops and not palm.eval().layers[0].fn.drops
