@@ -81,6 +81,7 @@ class PolicyGradient(Algorithm):
 
     Options = PolicyGradientOptions
     surrogate: Callable[[Tensor, Tensor, float, float], Tensor] = staticmethod(clipped)
+    clips: bool = True  # whether ratios are clipped, and how often is logged
     log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(of_token)  # (b, n), mask -> (b, n)
     kl_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(k3)  # log_probs, ref_log_probs -> (b, n)
 
@@ -114,5 +115,7 @@ class PolicyGradient(Algorithm):
 
     def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
         """Where the ratio is clipped, if anything is."""
+        if not self.clips:
+            return {}
         ratio, (low, high) = log_ratio.exp(), self.options.clip_range
         return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).float()}

@@ -37,6 +37,7 @@ class ScoreCentering(GroupPolicyGradient):
     Options = ScoreCenteringOptions
     defaults = {"normalization": "token"}
     advantage = staticmethod(centred)
+    clips = False
 
     def __init__(
         self,
@@ -71,10 +72,6 @@ class ScoreCentering(GroupPolicyGradient):
     def target(self, experience: Experience) -> Experience:
         self._learned = True  # from here on
         return super().target(experience)
-
-    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
-        """Nothing is clipped."""
-        return {}
 
     def policy_loss(
         self, policy: PolicyOutput, log_ratio: Tensor, advantages: Tensor, experience: Experience
