@@ -37,8 +37,9 @@ class RLHFTrainer(KeywordTrainer):
     """GRPO on a PaLM, by these keywords and those of `KeywordTrainer`.
 
     use_dr_grpo and use_max_rl say what advantages are, use_simple_policy_optimization and use_score_centering what the
-    loss does with them: one of each pair at most. dr_grpo_constant: the length that Dr. GRPO divides by. The weight
-    kl_div_loss_weight is that of the KL to the starting policy, in the loss.
+    loss does with them: one of each pair at most. Score centering does not clip: eps_clip does nothing there.
+    dr_grpo_constant: the length that Dr. GRPO divides by. The weight kl_div_loss_weight is that of the KL to the
+    starting policy, in the loss.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RLHFTrainer(KeywordTrainer):
         algorithm = base = kind(eps_clip=eps_clip, **options, **length)
         if use_score_centering:
             algorithm = ScoreCentering(topk=score_centering_topk, weight_fn=score_centering_weight_fn, **options)
-            algorithm.advantage = base.advantage
+            algorithm.advantage, algorithm.raw_scores = base.advantage, base.raw_scores
             if use_dr_grpo:
                 algorithm.normalization = base.normalization
         super().__init__(algorithm, **shared)

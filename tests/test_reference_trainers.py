@@ -73,6 +73,13 @@ def test_spo_by_its_flag_refuses_a_range_that_it_divides_by(other):
         make(grpo.RLHFTrainer, use_simple_policy_optimization=True, eps_clip=0.0, **other)
 
 
+@pytest.mark.parametrize("flags", [{}, {"use_score_centering": True}, {"use_simple_policy_optimization": True}])
+@pytest.mark.parametrize("penalty", [{"missing_eos_penalty": 0.5}, {"overlong_buffer": 2}, {"normalize_reward": True}])
+def test_max_rl_refuses_penalties_at_the_door(flags, penalty):
+    with pytest.raises(ValueError, match="needs scores as the reward gives them: leave out missing_eos_penalty"):
+        make(grpo.RLHFTrainer, use_max_rl=True, **flags, **penalty)
+
+
 def test_grpo_keywords_reach_what_they_name():
     def weight(ratio):
         return ratio.clamp(max=2.0)

@@ -30,8 +30,9 @@ class ScoreCenteringOptions(SampleOptions, PenaltyOptions, MeanOptions):
 
 
 class ScoreCentering(GroupPolicyGradient):
-    """REINFORCE with centred rewards and centred scores. Kept of the sampler are its `topk` at each token, or the
-    embedding that its distribution is made of; a whole distribution is there for a chunk's time only.
+    """REINFORCE with centred rewards and centred scores. Nothing is clipped: `weight_fn` bounds ratios where it is to.
+    Kept of the sampler are its `topk` at each token, or the embedding that its distribution is made of; a whole
+    distribution is there for a chunk's time only.
     """
 
     Options = ScoreCenteringOptions
