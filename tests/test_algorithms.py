@@ -141,7 +141,16 @@ def test_dr_grpo_s_constant_is_the_room():
     # without an engine: the longest of the batch
     mask = torch.tensor([[False, True, True], [False, True, False]])
     torch.testing.assert_close(ops.token_shares(mask, "constant"), mask / 4.0)
-    assert not {"normalization"} & {field.name for field in fields(DrGRPO.Options)}
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "rloo", "gspo"])
+def test_what_the_loss_is_a_mean_over_is_no_option_where_the_paper_settles_it(name):
+    """RLOO's and GSPO's responses are one action each: by token, a long one would count for more."""
+    cls = algorithm_class(name)
+    assert "normalization" not in {field.name for field in fields(cls.Options)}
+    with pytest.raises(TypeError, match="normalization"):
+        cls(normalization="token")
+    assert cls().normalization == ("constant" if name == "dr_grpo" else "sequence")
 
 
 def test_the_kl_stands_in_one_place():

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient, PolicyGradientOptions
+from palm_rlhf_pytorch.algorithms.policy_gradient import (
+    ClipOptions,
+    MeanOptions,
+    PenaltyOptions,
+    PolicyGradient,
+)
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
@@ -22,7 +27,12 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class GroupOptions(SampleOptions, PolicyGradientOptions):
+class ResponseOptions(SampleOptions, ClipOptions, PenaltyOptions):
+    """How the answers to a prompt are compared and learned from, where what the loss is a mean over is settled"""
+
+
+@dataclass(frozen=True)
+class GroupOptions(ResponseOptions, MeanOptions):
     """How the answers to a prompt are compared and learned from"""
 
 
