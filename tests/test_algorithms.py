@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from tiny import EOS, LENGTHS, PROMPTS, ROLL, TRAIN, made_up, shake, tiny_actor_critic, tiny_palm
+from tiny import EOS, LENGTHS, PROMPTS, ROLL, TRAIN, first_is_even, made_up, shake, tiny_actor_critic, tiny_palm
 from torch.optim import SGD, AdamW
 
 from palm_rlhf_pytorch import ops, score_centering_loss
@@ -13,7 +13,8 @@ from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, centering
 from palm_rlhf_pytorch.algorithms.dapo import DAPO
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
-from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
+from palm_rlhf_pytorch.algorithms.groups import standardised
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.gspo import GSPO, per_token_mean
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
 from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped
@@ -351,10 +352,6 @@ def test_kl_estimates():
 
 
 # trainers
-
-
-def first_is_even(prompts, responses):
-    return [float(response[0] % 2 == 0) for response in responses]
 
 
 def build(name, optimizer_class=AdamW, lr=1e-2, reward=first_is_even, seed=0, learn=None, algorithm=None, **options):

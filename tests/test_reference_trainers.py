@@ -2,23 +2,19 @@ import inspect
 
 import pytest
 import torch
-from tiny import PROMPTS, TRAIN, tiny_palm
+from tiny import PROMPTS, TRAIN, first_is_even, tiny_palm
 
 import palm_rlhf_pytorch
 from palm_rlhf_pytorch import flowrl, grpo, tpo
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
-from palm_rlhf_pytorch.algorithms.groups import centred
-from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
+from palm_rlhf_pytorch.algorithms.groups import centred, standardised
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
 from palm_rlhf_pytorch.algorithms.policy_gradient import clipped
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
 from palm_rlhf_pytorch.algorithms.spo import SPO, penalised
 from palm_rlhf_pytorch.algorithms.tpo import TPO
-
-
-def first_is_even(prompts, responses):
-    return [float(response[0] % 2 == 0) for response in responses]
 
 
 def make(cls, **keywords):

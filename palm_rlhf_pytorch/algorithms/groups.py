@@ -41,6 +41,13 @@ def centred(rewards: Tensor) -> Tensor:
     return rewards - rewards.mean(dim=-1, keepdim=True)
 
 
+def standardised(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(R - mean) / (std + eps) in each group of rewards (groups, g), the variance over g - 1; 0 in a flat one. GRPO,
+    2402.03300, section 4.1.2, unnumbered.
+    """
+    return centred(rewards) / (rewards.std(dim=-1, keepdim=True) + eps)
+
+
 def mean_of_others(values: Tensor) -> Tensor:
     """For each of a group (groups, g) the mean of the rest."""
     return (values.sum(dim=-1, keepdim=True) - values) / (values.shape[-1] - 1)
