@@ -69,6 +69,9 @@ class GroupPolicyGradient(PolicyGradient):
 
     @torch.no_grad()
     def target(self, experience: Experience) -> Experience:
+        """Advantages of R = score - beta log p / p_ref over the response: 1909.08593, eq. 2. A KL in the loss has no
+        part in R.
+        """
         mask, group_ids, beta = experience.response_mask, experience.group_ids, self.kl_in_reward
         rewards = experience.scores - beta * experience.kl if beta else experience.scores
         compared = from_groups(self.advantage(to_groups(rewards, group_ids)), group_ids)

@@ -9,7 +9,7 @@ from palm_rlhf_pytorch.algorithms.policy_gradient import shared
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.3."""
+    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.3, unnumbered."""
     return rewards - mean_of_others(rewards)
 
 

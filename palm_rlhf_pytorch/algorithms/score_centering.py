@@ -1,4 +1,5 @@
-"""Score centering: what the sampler's choice of tokens adds on average is taken out (Marek & Ryabinin, 2609.20807).
+"""Score centering: what the sampler's choice of tokens adds on average is taken out (Marek & Ryabinin, 2609.20807,
+appendix A; `centering.centre` has the formula and its number).
 
 With A the same for all tokens, steps on samples of another distribution q would still move the policy p, by
 sum_v q_v grad log p_v; taken off every token's score, only what the advantages say is left.
