@@ -20,7 +20,11 @@ class PenaltyOptions:
     """How far the policy may go"""
 
     kl: float = option(0.0, "weight of the KL to the starting policy", least=0)
-    kl_in: str = option("loss", "where it counts: k3 in the loss, or k1 in the reward", choices=("loss", "reward"))
+    kl_in: str = option(
+        "loss",
+        "where it counts: k3 in the loss (reinforce_pp_baseline: k2), or k1 in the reward",
+        choices=("loss", "reward"),
+    )
     entropy: float = option(0.0, "weight of the entropy bonus")
     entropy_advantage: float = option(0.0, "entropy's weight in advantages (the paper: 0.4, for PPO 0.1)", least=0)
     entropy_kappa: float = option(2.0, "entropy adds at most the advantage's size over this", least=1)
