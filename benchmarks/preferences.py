@@ -7,7 +7,6 @@ point: its KL to the reference, and its mean true reward in standard deviations 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from palm_rlhf_pytorch.language_modelling import CorpusOptions, build_corpus, tr
 from palm_rlhf_pytorch.ppo import RLHFTrainer
 from palm_rlhf_pytorch.preference import train_on_answers
 from palm_rlhf_pytorch.rating import RatingOptions, new_reward_model, train_on_pairs
+from palm_rlhf_pytorch.rejection import kl_bound
 from palm_rlhf_pytorch.supervised import FitOptions
 from palm_rlhf_pytorch.text_reward import TextReward
 from palm_rlhf_pytorch.tokenizer import Tokenizer
@@ -115,11 +115,11 @@ def measured(palm: PaLM, reference: PaLM, truth: TrueReward, proxy: TextReward, 
 
 
 def best_of(n: int, texts: list[str], truth: TrueReward, proxy: TextReward) -> Point:
-    """KL: log n - (n - 1) / n (Stiennon et al., 2009.01325, appendix G.3), of which it is a bound."""
+    """The KL is a bound."""
     scores = proxy([""] * len(texts), texts).view(-1, n)
     best = scores.argmax(dim=-1, keepdim=True)
     true = truth(texts).view(-1, n).gather(1, best).mean()
-    return Point("best of n", str(n), math.log(n) - (n - 1) / n, float(true), float(scores.amax(dim=-1).mean()))
+    return Point("best of n", str(n), kl_bound(n), float(true), float(scores.amax(dim=-1).mean()))
 
 
 def by_dpo(reference: PaLM, pairs: list[Pair], beta: float, seed: int) -> PaLM:

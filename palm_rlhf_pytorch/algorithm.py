@@ -16,8 +16,8 @@ Losses = tuple[Tensor, dict[str, Tensor]]  # by token (b, n) or by sequence (b,)
 
 
 def less_entropy(losses: Tensor, policy: PolicyOutput, weight: float) -> Tensor:
-    """Losses (b, n), or (b,) of whole sequences, less weight * entropy by token; as they are where the weight is 0, so
-    that nothing goes backward through the entropy.
+    """Losses (b, n), or (b,) of whole sequences, less weight * entropy by token: the bonus of PPO, 1707.06347, eq. 9.
+    As they are where the weight is 0, so that nothing goes backward through the entropy.
     """
     if weight == 0:
         return losses

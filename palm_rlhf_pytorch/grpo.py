@@ -8,21 +8,38 @@ import torch
 
 from palm_rlhf_pytorch.algorithms.centering import Weight, score_centering_loss
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
-from palm_rlhf_pytorch.algorithms.spo import penalised
+from palm_rlhf_pytorch.algorithms.spo import SPO, Penalised
 from palm_rlhf_pytorch.keyword_trainer import KeywordTrainer, compared
 
 __all__ = ["GRPO", "RLHFTrainer", "score_centering_loss"]
+
+
+class PenalisedDrGRPO(Penalised, DrGRPO):
+    """Dr. GRPO with SPO's surrogate."""
+
+
+class PenalisedMaxRL(Penalised, MaxRL):
+    """MaxRL with SPO's surrogate."""
+
+
+PENALISED: dict[type[GroupPolicyGradient], type[Penalised]] = {
+    GRPO: SPO,
+    DrGRPO: PenalisedDrGRPO,
+    MaxRL: PenalisedMaxRL,
+}
 
 
 class RLHFTrainer(KeywordTrainer):
     """GRPO on a PaLM, by these keywords and those of `KeywordTrainer`.
 
     use_dr_grpo and use_max_rl say what advantages are, use_simple_policy_optimization and use_score_centering what the
-    loss does with them: one of each pair at most. dr_grpo_constant: the length that Dr. GRPO divides by. The weight
-    kl_div_loss_weight is that of the KL to the starting policy, in the loss.
+    loss does with them: one of each pair at most. Score centering does not clip: eps_clip does nothing there.
+    dr_grpo_constant: the length that Dr. GRPO divides by. The weight kl_div_loss_weight is that of the KL to the
+    starting policy, in the loss.
     """
 
     def __init__(
@@ -61,17 +78,14 @@ class RLHFTrainer(KeywordTrainer):
             "entropy_advantage": entropy_to_advantage_scale if add_entropy_to_advantage else 0.0,
             "entropy_kappa": entropy_to_advantage_kappa,
         }
-        if use_dr_grpo:
-            base = DrGRPO(max_response=dr_grpo_constant, eps_clip=eps_clip, **options)
-        else:
-            base = (MaxRL if use_max_rl else GRPO)(eps_clip=eps_clip, **options)
+        kind = DrGRPO if use_dr_grpo else MaxRL if use_max_rl else GRPO
+        if use_simple_policy_optimization:
+            kind = PENALISED[kind]
+        length = {"max_response": dr_grpo_constant} if use_dr_grpo else {}
+        algorithm = base = kind(eps_clip=eps_clip, **options, **length)
         if use_score_centering:
             algorithm = ScoreCentering(topk=score_centering_topk, weight_fn=score_centering_weight_fn, **options)
-            algorithm.advantage = base.advantage
+            algorithm.advantage, algorithm.raw_scores = base.advantage, base.raw_scores
             if use_dr_grpo:
                 algorithm.normalization = base.normalization
-        else:
-            algorithm = base
-        if use_simple_policy_optimization:
-            algorithm.surrogate = penalised
         super().__init__(algorithm, **shared)

@@ -15,7 +15,8 @@ from palm_rlhf_pytorch.flags import option
 class ClippedRegression:
     """Half the squared error, with the value held within `clip` of the old one: max of both losses.
 
-    Schulman et al., 1707.06347 (as in its published code); Ziegler et al., 1909.08593.
+    Not in PPO's paper but in its code (openai/baselines, ppo2/model.py at ea25b9e8, lines 68 to 75, the half included);
+    described by Engstrom et al., 2005.12729, section 3.
     """
 
     clip: float = 0.4

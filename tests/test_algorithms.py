@@ -1,9 +1,11 @@
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import EOS, LENGTHS, PROMPTS, ROLL, TRAIN, made_up, shake, tiny_actor_critic, tiny_palm
+from run_readme import code_blocks
+from tiny import PROMPTS, ROLL, TOKENS, TRAIN, first_is_even, made_up, shake, tiny_actor_critic, tiny_palm
 from torch.optim import SGD, AdamW
 
 from palm_rlhf_pytorch import ops, score_centering_loss
@@ -13,7 +15,8 @@ from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, centering
 from palm_rlhf_pytorch.algorithms.dapo import DAPO
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
-from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
+from palm_rlhf_pytorch.algorithms.groups import standardised
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.gspo import GSPO, per_token_mean
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
 from palm_rlhf_pytorch.algorithms.policy_gradient import clipped, entropy_shaped
@@ -141,7 +144,16 @@ def test_dr_grpo_s_constant_is_the_room():
     # without an engine: the longest of the batch
     mask = torch.tensor([[False, True, True], [False, True, False]])
     torch.testing.assert_close(ops.token_shares(mask, "constant"), mask / 4.0)
-    assert not {"normalization"} & {field.name for field in fields(DrGRPO.Options)}
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "rloo", "gspo"])
+def test_what_the_loss_is_a_mean_over_is_no_option_where_the_paper_settles_it(name):
+    """RLOO's and GSPO's responses are one action each: by token, a long one would count for more."""
+    cls = algorithm_class(name)
+    assert "normalization" not in {field.name for field in fields(cls.Options)}
+    with pytest.raises(TypeError, match="normalization"):
+        cls(normalization="token")
+    assert cls().normalization == ("constant" if name == "dr_grpo" else "sequence")
 
 
 def test_the_kl_stands_in_one_place():
@@ -341,11 +353,28 @@ def test_kl_estimates():
     torch.testing.assert_close(found, wanted)
 
 
+@torch.no_grad()
+def test_the_mean_of_k1_is_the_exact_kl():
+    """All answers of one token, each weighed by its probability."""
+    actor = Actor(tiny_palm())
+    shake(actor.actor_parameters())
+    sequence = torch.stack((torch.full((TOKENS,), 3), torch.arange(TOKENS)), dim=-1)
+    mask = torch.tensor([False, True]).expand_as(sequence)
+    e = replace(
+        made_up((1,) * TOKENS, (1,) * TOKENS),
+        sequence=sequence,
+        response_mask=mask,
+        log_probs=actor.log_probs(sequence, mask).log_probs,
+        ref_log_probs=actor.reference_log_probs(sequence, mask),
+    )
+    scopes = (actor.actor_lora_scope, None)
+    p, ref = (actor.actor_palm(sequence[:1, :1], finetune_scope=s)[0, -1].log_softmax(-1) for s in scopes)
+    exact = (p.exp() * (p - ref)).sum()
+    torch.testing.assert_close((p.exp() * e.kl).sum(), exact)
+    assert exact > 0.01 and not torch.allclose(e.kl, e.kl[0])
+
+
 # trainers
-
-
-def first_is_even(prompts, responses):
-    return [float(response[0] % 2 == 0) for response in responses]
 
 
 def build(name, optimizer_class=AdamW, lr=1e-2, reward=first_is_even, seed=0, learn=None, algorithm=None, **options):
@@ -497,23 +526,6 @@ def test_dapo_refuses_by_what_the_reward_gave():
     assert trainer.algorithm.keep(replace(e, raw_scores=e.scores)).any()
     assert len(trainer.roll_out(3, 8, options)) == 0
     assert trainer._roll_out(3, replace(ROLL, max_batch=8)).raw_scores is None
-
-
-def test_what_is_not_worth_it_is_not_learned_from():
-    class Choosy(Reinforce):
-        def keep(self, experience):
-            return experience.group_ids == experience.group_ids[0]
-
-    trainer = build("", algorithm=Choosy(actor_optim={"lr": 1e-2}))
-    e = trainer.roll_out(3, 8, ROLL)
-    assert len(e) == 4 and len(e.group_ids.unique()) == 1
-    assert trainer.sampled["reward"] != float(e.scores.mean())  # which is of all that sampled
-    assert trainer.learn(e)["reward"] == float(e.scores.mean())
-    seen = []
-    count_all = trainer.scorer.rewards[""][0]
-    trainer.scorer.rewards[""] = (lambda p, r: seen.extend(count_all(p, r)) or seen[-len(r) :], 1.0)
-    row = trainer.train(1, 3, 3, 8, 8).history[0]
-    assert row["reward"] == pytest.approx(sum(seen) / 12) and "policy_loss" in row
 
 
 def test_kl_stop_serves_every_algorithm():
@@ -749,28 +761,44 @@ def test_centering_keeps_what_sampled_through_fused_steps():
 # (f) an algorithm of one's own
 
 
-class Reinforce(Algorithm):
-    samples_per_prompt = 4
-
-    def target(self, experience):
-        centred = experience.scores - experience.scores.mean()
-        return replace(experience, advantages=centred[:, None] * experience.response_mask)
-
-    def loss(self, policy, experience):
-        losses = -experience.advantages * policy.log_probs
-        return losses, {"policy_loss": losses, "entropy": policy.entropy}
+@pytest.fixture(scope="module")
+def own():
+    """What the example of docs/design.md defines and trains, run as it stands there."""
+    ((_, code),) = code_blocks((Path(__file__).parent.parent / "docs" / "design.md").read_text(encoding="utf-8"))
+    torch.manual_seed(0)
+    namespace = {"__name__": "design"}
+    exec(code, namespace)
+    return namespace
 
 
-def test_an_algorithm_of_ones_own_learns():
-    trainer = build(
-        "", algorithm=Reinforce({"lr": 2e-2}), reward=lambda p, r: [float((x == 5).float().mean()) for x in r]
-    )
-    trainer.train(30 * 8, max_timesteps=1, update_timesteps=8, max_batch_size=8, max_seq_len=7, eos_token=EOS)
-    rewards = [row["reward"] for row in trainer.history]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2
-    with pytest.raises(NotImplementedError, match="Algorithm needs a target"):
+def test_the_algorithm_of_the_design_document_learns(own):
+    rewards = [row["reward"] for row in own["trainer"].history]
+    assert len(rewards) == 10 and rewards[0] < 0.3 and rewards[-1] > 0.9
+    assert all(math.isfinite(row["policy_loss"]) for row in own["trainer"].history)
+
+
+def test_what_is_not_worth_it_is_not_learned_from(own):
+    class Choosy(own["Reinforce"]):
+        def keep(self, experience):
+            return experience.group_ids == experience.group_ids[0]
+
+    trainer = build("", algorithm=Choosy(actor_optim={"lr": 1e-2}))
+    e = trainer.roll_out(3, 8, ROLL)
+    assert len(e) == 4 and len(e.group_ids.unique()) == 1
+    assert trainer.sampled["reward"] != float(e.scores.mean())  # which is of all that sampled
+    assert trainer.learn(e)["reward"] == float(e.scores.mean())
+    seen = []
+    count_all = trainer.scorer.rewards[""][0]
+    trainer.scorer.rewards[""] = (lambda p, r: seen.extend(count_all(p, r)) or seen[-len(r) :], 1.0)
+    row = trainer.train(1, 3, 3, 8, 8).history[0]
+    assert row["reward"] == pytest.approx(sum(seen) / 12) and "policy_loss" in row
+
+
+def test_an_algorithm_must_say_what_it_learns():
+    with pytest.raises(NotImplementedError, match=r"Algorithm needs a target\(experience\)"):
         Algorithm().target(None)
-    assert len(LENGTHS) == len(PROMPTS)
+    with pytest.raises(NotImplementedError, match=r"Algorithm needs a loss\(policy, experience\)"):
+        Algorithm().loss(None, None)
 
 
 @pytest.mark.parametrize("name", ["grpo", "tpo", "flowrl"])

@@ -1,7 +1,39 @@
-"""The RLHF checklist's checks 1 to 25 (PPO, reward models, LoRA, numerics), one test each, named after its number."""
+"""The RLHF checklist's checks 1 to 25 (PPO, reward models, LoRA, numerics), one test each, named after its number.
 
+Where the others are tested:
+
+26 GRPO's advantages       test_algorithms::test_grpo_sums_to_zero_and_knows_no_units
+                           test_algorithms::test_a_flat_group_teaches_nothing
+27 RLOO's advantages       test_algorithms::test_rloo_is_k_over_k_less_one_times_centred
+                           test_algorithms::test_rloo_has_the_kl_in_the_reward
+28 Dr. GRPO and length     test_algorithms::test_dr_grpo_gives_each_token_the_same_gradient
+29 accumulation            test_algorithms::test_micro_batches_change_nothing
+                           test_trainer::test_micro_batches_are_the_whole_minibatch
+30 k3 >= 0, E[k1] is KL    test_algorithms::test_kl_estimates
+                           test_algorithms::test_the_mean_of_k1_is_the_exact_kl
+31 DPO                     test_dpo::test_ln_2_where_the_policy_is_the_reference
+                           test_preference::test_only_places_before_response_tokens_get_gradient
+32 TPO's gradient          test_algorithms::test_tpo_has_the_gradient_p_less_q
+                           test_algorithms::test_tpo_counts_prompts_the_same_and_learns_nothing_from_a_flat_one
+33 FlowRL's optimum        test_algorithms::test_flowrl_is_at_rest_at_its_optimum
+34 MaxRL                   test_algorithms::test_max_rl_by_hand
+35 implicit PRM            test_implicit_process_reward::test_raising_the_likelihood_of_positives_lowers_the_loss
+                           test_implicit_process_reward::test_a_model_that_is_its_reference_gives_zero_and_ln_2
+36 best of n               test_rejection::test_the_best_of_each_prompt_is_kept
+                           test_rejection::test_the_best_comes_as_often_as_it_should
+37 half precision          test_vocabulary::test_log_softmax_is_float32_and_finite_at_a_gap_of_200
+                           test_vocabulary::test_half_precision_weights_have_float32_logits
+38 the entropy's sign      test_ppo::test_an_entropy_bonus_raises_entropy
+39 cached is uncached      test_kv_cache::test_cached_is_uncached_at_every_position
+40 the next step resumed   test_trainer::test_a_resumed_run_takes_the_same_next_step
+                           test_algorithms::test_a_resumed_run_takes_the_same_next_step
+                           test_algorithms::test_log_z_is_saved
+"""
+
+import re
 from dataclasses import replace
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +74,14 @@ def gradients(loss, actor_critic):
 
 def only_response(experience, t):
     return t[experience.response_mask]
+
+
+def test_every_check_has_a_test_and_those_named_above_exist():
+    here = re.findall(r"^def test_(\d\d)_", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+    elsewhere = re.findall(r"^(\d\d) ", __doc__, re.MULTILINE)
+    assert sorted({*here, *elsewhere}) == [f"{number:02}" for number in range(1, 41)]
+    for file, name in re.findall(r"(test_\w+)::(test_\w+)", __doc__):
+        assert f"\ndef {name}(" in Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"), (file, name)
 
 
 @pytest.mark.parametrize("lora", [True, False])

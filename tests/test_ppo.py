@@ -212,6 +212,15 @@ def test_keywords_reach_what_they_name():
     assert tiny_trainer(actor_critic=tiny_actor_critic(critic_dim_out=3)).algorithm.value_loss.num_bins == 3
 
 
+def test_the_width_of_hl_gauss_is_the_papers_and_can_be_the_references():
+    """The README's table says so: the reference 0.8 takes 1."""
+    ours, theirs = (
+        tiny_trainer(critic_num_pred_bins=6, hl_gauss_loss_kwargs=keywords).algorithm.value_loss
+        for keywords in (None, {"sigma_to_bin_ratio": 1.0})
+    )
+    assert ours == HLGauss(6, sigma_to_bin_ratio=0.75) and theirs == HLGauss(6, sigma_to_bin_ratio=1.0)
+
+
 def test_defaults_are_the_references():
     known = dict(
         actor_lr=1e-4,

@@ -6,6 +6,7 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import numbers
 
 from palm_rlhf_pytorch import preference
 from palm_rlhf_pytorch.algorithms.dpo import DPO
@@ -262,10 +263,6 @@ def test_held_out_numbers_by_hand(palm):
 
 class Crash(Exception):
     pass
-
-
-def numbers(history):
-    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in history]
 
 
 @pytest.mark.parametrize(

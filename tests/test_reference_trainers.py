@@ -2,23 +2,19 @@ import inspect
 
 import pytest
 import torch
-from tiny import PROMPTS, TRAIN, tiny_palm
+from tiny import PROMPTS, TRAIN, first_is_even, tiny_palm
 
 import palm_rlhf_pytorch
 from palm_rlhf_pytorch import flowrl, grpo, tpo
 from palm_rlhf_pytorch.algorithms.dr_grpo import DrGRPO
 from palm_rlhf_pytorch.algorithms.flowrl import FlowRL
-from palm_rlhf_pytorch.algorithms.groups import centred
-from palm_rlhf_pytorch.algorithms.grpo import GRPO, standardised
+from palm_rlhf_pytorch.algorithms.groups import centred, standardised
+from palm_rlhf_pytorch.algorithms.grpo import GRPO
 from palm_rlhf_pytorch.algorithms.max_rl import MaxRL, over_success
 from palm_rlhf_pytorch.algorithms.policy_gradient import clipped
 from palm_rlhf_pytorch.algorithms.score_centering import ScoreCentering
-from palm_rlhf_pytorch.algorithms.spo import penalised
+from palm_rlhf_pytorch.algorithms.spo import SPO, penalised
 from palm_rlhf_pytorch.algorithms.tpo import TPO
-
-
-def first_is_even(prompts, responses):
-    return [float(response[0] % 2 == 0) for response in responses]
 
 
 def make(cls, **keywords):
@@ -43,9 +39,9 @@ def trains(trainer):
         ({"use_dr_grpo": True}, DrGRPO, centred, clipped),
         ({"dr_grpo_constant": 7}, DrGRPO, centred, clipped),
         ({"use_max_rl": True}, MaxRL, over_success, clipped),
-        ({"use_simple_policy_optimization": True}, GRPO, standardised, penalised),
-        ({"use_simple_policy_optimization": True, "use_dr_grpo": True}, DrGRPO, centred, penalised),
-        ({"use_simple_policy_optimization": True, "use_max_rl": True}, MaxRL, over_success, penalised),
+        ({"use_simple_policy_optimization": True}, SPO, standardised, penalised),
+        ({"use_simple_policy_optimization": True, "use_dr_grpo": True}, grpo.PenalisedDrGRPO, centred, penalised),
+        ({"use_simple_policy_optimization": True, "use_max_rl": True}, grpo.PenalisedMaxRL, over_success, penalised),
         ({"use_score_centering": True}, ScoreCentering, standardised, clipped),
         ({"use_score_centering": True, "score_centering_topk": 3}, ScoreCentering, standardised, clipped),
         ({"use_score_centering": True, "use_dr_grpo": True}, ScoreCentering, centred, clipped),
@@ -61,8 +57,23 @@ def test_grpo_flags(flags, cls, advantage, surrogate):
     assert algorithm.samples_per_prompt == 4 and algorithm.needs_reference
     assert algorithm.options.entropy_advantage == (0.4 if "add_entropy_to_advantage" in flags else 0.0)
     assert trains(trainer)
+    clips = not {"use_simple_policy_optimization", "use_score_centering"} & set(flags)
+    assert ("clip_fraction" in trainer.history[0]) is clips
     if "dr_grpo_constant" in flags or "use_dr_grpo" in flags:
         assert algorithm.normalization == flags.get("dr_grpo_constant", "constant")
+
+
+@pytest.mark.parametrize("other", [{}, {"use_dr_grpo": True}, {"use_max_rl": True}])
+def test_spo_by_its_flag_refuses_a_range_that_it_divides_by(other):
+    with pytest.raises(ValueError, match=r"SPO divides by eps_clip, which must be above 0, got \(0.0, 0.0\)"):
+        make(grpo.RLHFTrainer, use_simple_policy_optimization=True, eps_clip=0.0, **other)
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_score_centering": True}, {"use_simple_policy_optimization": True}])
+@pytest.mark.parametrize("penalty", [{"missing_eos_penalty": 0.5}, {"overlong_buffer": 2}, {"normalize_reward": True}])
+def test_max_rl_refuses_penalties_at_the_door(flags, penalty):
+    with pytest.raises(ValueError, match="needs scores as the reward gives them: leave out missing_eos_penalty"):
+        make(grpo.RLHFTrainer, use_max_rl=True, **flags, **penalty)
 
 
 def test_grpo_keywords_reach_what_they_name():

@@ -6,6 +6,7 @@ from itertools import count, islice
 
 import pytest
 import torch
+from tiny import numbers
 from torch import nn
 
 from palm_rlhf_pytorch import compilation, supervised
@@ -44,10 +45,6 @@ def during(step, act):
         return squared(module, batch)
 
     return loss
-
-
-def numbers(history):
-    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in history]
 
 
 def assert_same(a, b):

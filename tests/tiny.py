@@ -43,6 +43,16 @@ def count_even(prompts, responses):
     return [float((response % 2 == 0).sum()) for response in responses]
 
 
+def first_is_even(prompts, responses):
+    """A reward over tokens, 0 or 1."""
+    return [float(response[0] % 2 == 0) for response in responses]
+
+
+def numbers(history):
+    """A history of supervised training, but for how fast it went."""
+    return [{k: v for k, v in row.items() if k != "steps_per_second"} for row in history]
+
+
 def tiny_trainer(**kwargs):
     defaults = {
         "palm": tiny_palm() if "palm" not in kwargs else None,

@@ -1,6 +1,7 @@
 """What a sampler's choice of tokens adds to a score on average, over the vocabulary or its likeliest tokens.
 
-Marek & Ryabinin, 2609.20807. Whole distributions are there for a chunk's time only.
+Marek & Ryabinin, "Score Centering Stabilizes Off-policy Reinforcement Learning", 2609.20807, appendix A. Whole
+distributions are there for a chunk's time only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def centre(log_probs: Tensor, q: Tensor, weight: Weight, ids: Tensor | None = No
     """sum_v c_v log p_v, whose gradient is the sampler's expected score: log_probs (..., v) -> (...).
 
     q (..., v), or with ids (..., k) the sampler's most likely tokens (..., k): the rest of q is taken to be the rest of
-    p, scaled. c_v = q_v f(p_v / q_v) has no gradient.
+    p, scaled. c_v = q_v f(p_v / q_v) has no gradient; of a kept token it is q_v f(p_v / q_v) - a f(1 / a) p_v, a the
+    rest of q over the rest of p: 2609.20807, appendix A, eq. 12 by the number that public code gives it (miles,
+    score_centering/importance_sampling.py; the paper was not at hand). The clamp by `eps` is ours.
     """
     head = log_probs if ids is None else log_probs.gather(-1, ids)
     p = head.detach().exp()
@@ -41,7 +44,8 @@ def score_centering_loss(
     weight_fn: Weight = torch.ones_like,
     eps: float = 1e-6,
 ) -> Tensor:
-    """-A (f(p / q) log p - sum_v c_v log p_v) by token (b, n): the reference's function, over whole distributions.
+    """-A (f(p / q) log p - sum_v c_v log p_v) by token (b, n): the reference's function, over whole distributions,
+    unnumbered there. 2609.20807: reward times centred score, where `centre` says.
 
     train_log_probs (b, n, v), samp_probs (b, n, v) of what the sampler drew from, actions (b, n) what it drew,
     advantages (b,) or (b, n).

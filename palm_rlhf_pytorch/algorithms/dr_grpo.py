@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, SampleOptions, centred
-from palm_rlhf_pytorch.algorithms.policy_gradient import ClipOptions, PenaltyOptions
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, ResponseOptions, centred
 from palm_rlhf_pytorch.flags import option
 
 
 @dataclass(frozen=True)
-class DrGRPOOptions(SampleOptions, ClipOptions, PenaltyOptions):
+class DrGRPOOptions(ResponseOptions):
     """How Dr. GRPO learns"""
 
     max_response: int | None = option(

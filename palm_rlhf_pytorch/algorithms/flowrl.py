@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.actor import Actor, PolicyOutput
 from palm_rlhf_pytorch.algorithm import Algorithm, Losses, less_entropy
-from palm_rlhf_pytorch.algorithms.groups import centred
+from palm_rlhf_pytorch.algorithms.groups import standardised
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
@@ -83,8 +83,8 @@ class FlowRL(Algorithm):
     @torch.no_grad()
     def target(self, experience: Experience) -> Experience:
         rewards = to_groups(experience.total_scores, experience.group_ids)
-        normed = centred(rewards) / (rewards.std(dim=-1, keepdim=True) + 1e-6)
-        return experience.with_extra(flow_reward=from_groups(normed, experience.group_ids))
+        normed = from_groups(standardised(rewards, 1e-6), experience.group_ids)
+        return experience.with_extra(flow_reward=normed)
 
     def loss(self, policy: PolicyOutput, experience: Experience) -> Losses:
         mask, eps = experience.response_mask, self.options.eps_clip

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient, PolicyGradientOptions
+from palm_rlhf_pytorch.algorithms.policy_gradient import (
+    ClipOptions,
+    MeanOptions,
+    PenaltyOptions,
+    PolicyGradient,
+)
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.ops import from_groups, masked_mean, to_groups
@@ -22,13 +27,25 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class GroupOptions(SampleOptions, PolicyGradientOptions):
+class ResponseOptions(SampleOptions, ClipOptions, PenaltyOptions):
+    """How the answers to a prompt are compared and learned from, where what the loss is a mean over is settled"""
+
+
+@dataclass(frozen=True)
+class GroupOptions(ResponseOptions, MeanOptions):
     """How the answers to a prompt are compared and learned from"""
 
 
 def centred(rewards: Tensor) -> Tensor:
     """R - mean over a group; rewards (groups, g)."""
     return rewards - rewards.mean(dim=-1, keepdim=True)
+
+
+def standardised(rewards: Tensor, eps: float = 1e-4) -> Tensor:
+    """(R - mean) / (std + eps) in each group of rewards (groups, g), the variance over g - 1; 0 in a flat one. GRPO,
+    2402.03300, section 4.1.2, unnumbered.
+    """
+    return centred(rewards) / (rewards.std(dim=-1, keepdim=True) + eps)
 
 
 def mean_of_others(values: Tensor) -> Tensor:
@@ -52,6 +69,9 @@ class GroupPolicyGradient(PolicyGradient):
 
     @torch.no_grad()
     def target(self, experience: Experience) -> Experience:
+        """Advantages of R = score - beta log p / p_ref over the response: 1909.08593, eq. 2. A KL in the loss has no
+        part in R.
+        """
         mask, group_ids, beta = experience.response_mask, experience.group_ids, self.kl_in_reward
         rewards = experience.scores - beta * experience.kl if beta else experience.scores
         compared = from_groups(self.advantage(to_groups(rewards, group_ids)), group_ids)

@@ -11,7 +11,8 @@ from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, centred
 
 def over_success(rewards: Tensor) -> Tensor:
     """(R - mean) / mean in each group of rewards (groups, g): the mean score of the successes less that of all, and 0
-    where all fail or all succeed. 1e-6 as in the paper's code. Other rewards than 0 and 1 are refused.
+    where all fail or all succeed. As in the authors' code, 1e-6 too (tajwarfahim/maxrl, core_algos.py); the paper's
+    number of it was not at hand. Other rewards than 0 and 1 are refused.
     """
     if not ((rewards == 0) | (rewards == 1)).all():
         raise ValueError(f"MaxRL needs rewards of 0 or 1, got from {rewards.min():.3g} to {rewards.max():.3g}")
@@ -19,8 +20,10 @@ def over_success(rewards: Tensor) -> Tensor:
 
 
 class MaxRL(GroupPolicyGradient):
-    """With g samples its gradient is that of log p(success) = -sum_k (1 - p)^k / k, cut off after g - 1 terms. All
-    tokens count the same: by sequence, the short answers of a group would count for more.
+    """With g samples its gradient is that of log p(success) = -sum_k (1 - p)^k / k, cut off after g - 1 terms: the
+    Maclaurin expansion of 2602.02710, unnumbered on the authors' page (zanette-labs.github.io/MaxRL). The
+    successes' mean score alone gives g terms, taking off that of all costs one. All tokens count the same: by sequence,
+    the short answers of a group would count for more.
     """
 
     advantage = staticmethod(over_success)

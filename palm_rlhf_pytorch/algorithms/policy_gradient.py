@@ -20,7 +20,11 @@ class PenaltyOptions:
     """How far the policy may go"""
 
     kl: float = option(0.0, "weight of the KL to the starting policy", least=0)
-    kl_in: str = option("loss", "where it counts: k3 in the loss, or k1 in the reward", choices=("loss", "reward"))
+    kl_in: str = option(
+        "loss",
+        "where it counts: k3 in the loss (reinforce_pp_baseline: k2), or k1 in the reward",
+        choices=("loss", "reward"),
+    )
     entropy: float = option(0.0, "weight of the entropy bonus")
     entropy_advantage: float = option(0.0, "entropy's weight in advantages (the paper: 0.4, for PPO 0.1)", least=0)
     entropy_kappa: float = option(2.0, "entropy adds at most the advantage's size over this", least=1)
@@ -81,6 +85,7 @@ class PolicyGradient(Algorithm):
 
     Options = PolicyGradientOptions
     surrogate: Callable[[Tensor, Tensor, float, float], Tensor] = staticmethod(clipped)
+    clips: bool = True  # whether ratios are clipped, and how often is logged
     log_ratio: Callable[[Tensor, Tensor], Tensor] = staticmethod(of_token)  # (b, n), mask -> (b, n)
     kl_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(k3)  # log_probs, ref_log_probs -> (b, n)
 
@@ -114,5 +119,7 @@ class PolicyGradient(Algorithm):
 
     def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
         """Where the ratio is clipped, if anything is."""
+        if not self.clips:
+            return {}
         ratio, (low, high) = log_ratio.exp(), self.options.clip_range
         return {"clip_fraction": ((ratio < 1 - low) | (ratio > 1 + high)).float()}

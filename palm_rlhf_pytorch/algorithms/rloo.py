@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, mean_of_others
+from palm_rlhf_pytorch.algorithms.groups import GroupPolicyGradient, ResponseOptions, mean_of_others
 from palm_rlhf_pytorch.algorithms.policy_gradient import shared
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.3."""
+    """R_i - mean of the others' R, in each group of rewards (groups, g). 2402.14740, section 2.3, unnumbered."""
     return rewards - mean_of_others(rewards)
 
 
@@ -19,8 +19,12 @@ def of_sequence(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 class RLOO(GroupPolicyGradient):
-    """The KL stands in the reward. Further steps on the same samples are clipped by the response's ratio, as TRL's."""
+    """The KL stands in the reward. Further steps on the same samples are clipped by the response's ratio, as TRL's. A
+    response is one action, and counts as one: by token, a long one would count for more.
+    """
 
+    Options = ResponseOptions
+    normalization = "sequence"
     advantage = staticmethod(leave_one_out)
     log_ratio = staticmethod(of_sequence)
     defaults = {"kl": 0.03, "kl_in": "reward"}

@@ -1,4 +1,5 @@
-"""Score centering: what the sampler's choice of tokens adds on average is taken out (Marek & Ryabinin, 2609.20807).
+"""Score centering: what the sampler's choice of tokens adds on average is taken out (Marek & Ryabinin, 2609.20807,
+appendix A; `centering.centre` has the formula and its number).
 
 With A the same for all tokens, steps on samples of another distribution q would still move the policy p, by
 sum_v q_v grad log p_v; taken off every token's score, only what the advantages say is left.
@@ -30,13 +31,15 @@ class ScoreCenteringOptions(SampleOptions, PenaltyOptions, MeanOptions):
 
 
 class ScoreCentering(GroupPolicyGradient):
-    """REINFORCE with centred rewards and centred scores. Kept of the sampler are its `topk` at each token, or the
-    embedding that its distribution is made of; a whole distribution is there for a chunk's time only.
+    """REINFORCE with centred rewards and centred scores. Nothing is clipped: `weight_fn` bounds ratios where it is to.
+    Kept of the sampler are its `topk` at each token, or the embedding that its distribution is made of; a whole
+    distribution is there for a chunk's time only.
     """
 
     Options = ScoreCenteringOptions
     defaults = {"normalization": "token"}
     advantage = staticmethod(centred)
+    clips = False
 
     def __init__(
         self,
@@ -71,10 +74,6 @@ class ScoreCentering(GroupPolicyGradient):
     def target(self, experience: Experience) -> Experience:
         self._learned = True  # from here on
         return super().target(experience)
-
-    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
-        """Nothing is clipped."""
-        return {}
 
     def policy_loss(
         self, policy: PolicyOutput, log_ratio: Tensor, advantages: Tensor, experience: Experience

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from palm_rlhf_pytorch.algorithms.grpo import GRPO
+from palm_rlhf_pytorch.algorithms.policy_gradient import PolicyGradient
 
 
 def penalised(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -18,18 +19,17 @@ def penalised(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Ten
     return -(advantages * ratio - advantages.abs() * (ratio - 1) ** 2 / (2 * eps))
 
 
-class SPO(GRPO):
-    """GRPO with SPO's surrogate."""
+class Penalised(PolicyGradient):
+    """SPO's surrogate, for any policy gradient: to be inherited from before it."""
 
     surrogate = staticmethod(penalised)
+    clips = False
 
-    def __init__(
-        self, actor_optim: dict[str, Any] | None = None, own_optim: dict[str, Any] | None = None, **options: Any
-    ):
-        super().__init__(actor_optim, own_optim, **options)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         if min(self.options.clip_range) <= 0:
             raise ValueError(f"SPO divides by eps_clip, which must be above 0, got {self.options.clip_range}")
 
-    def out_of_range(self, log_ratio: Tensor) -> dict[str, Tensor]:
-        """Nothing is clipped."""
-        return {}
+
+class SPO(Penalised, GRPO):
+    """GRPO with SPO's surrogate."""

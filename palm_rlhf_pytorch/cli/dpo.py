@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from palm_rlhf_pytorch.algorithms.dpo import DPO
-from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning
+from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions
+from palm_rlhf_pytorch.cli.preference import tune
 from palm_rlhf_pytorch.data import read_pairs
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
 from palm_rlhf_pytorch.flags import option, required
-from palm_rlhf_pytorch.preference import train_on_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,5 @@ class DPOCommandOptions(StartOptions):
     out: str = option("runs/dpo", "directory of the run")
 
 
-def run(
-    options: DPOCommandOptions,
-    objective: DPO,
-    tuning: TuningOptions,
-    fit: TuneFitOptions,
-    compute: ComputeOptions,
-    where: RunOptions,
-) -> Path:
-    run = Tuning("dpo", options, tuning, fit, compute, where)
-    pairs = run.with_roles(read_pairs(options.data))
-    run.start(pairs, objective=objective)
-    return run.train(train_on_answers, pairs, objective=objective, cache=run.directory.reference)
-
-
+run = partial(tune, "dpo", read_pairs)
 OPTIONS = (DPOCommandOptions, DPO, TuningOptions, TuneFitOptions, ComputeOptions, RunOptions)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from palm_rlhf_pytorch.algorithms.kto import KTO
-from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions, Tuning
+from palm_rlhf_pytorch.cli.common import ComputeOptions, RunOptions, StartOptions, TuneFitOptions
+from palm_rlhf_pytorch.cli.preference import tune
 from palm_rlhf_pytorch.data import read_labelled
 from palm_rlhf_pytorch.fine_tuning import TuningOptions
 from palm_rlhf_pytorch.flags import option, required
-from palm_rlhf_pytorch.preference import train_on_answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +23,5 @@ class KTOCommandOptions(StartOptions):
     out: str = option("runs/kto", "directory of the run")
 
 
-def run(
-    options: KTOCommandOptions,
-    objective: KTO,
-    tuning: TuningOptions,
-    fit: TuneFitOptions,
-    compute: ComputeOptions,
-    where: RunOptions,
-) -> Path:
-    run = Tuning("kto", options, tuning, fit, compute, where)
-    responses = run.with_roles(read_labelled(options.data))
-    run.start(responses, objective=objective)
-    return run.train(train_on_answers, responses, objective=objective, cache=run.directory.reference)
-
-
+run = partial(tune, "kto", read_labelled)
 OPTIONS = (KTOCommandOptions, KTO, TuningOptions, TuneFitOptions, ComputeOptions, RunOptions)
