@@ -11,7 +11,7 @@ namespace {
 
 constexpr int KEYS = 8;    // keys whose scores are computed at once
 constexpr int LINE = 16;   // floats of a cache line
-constexpr int TOGETHER = 256; // keys read before their values are
+constexpr int TOGETHER = 16; // keys read before their values are
 constexpr int BLOCK = 512; // features of SwiGLU that one task takes
 
 struct Sizes {
@@ -34,8 +34,8 @@ PerHead score(const float* queries, const float* keys, int64_t stride, int64_t n
   for (int64_t j = 0; j < n; j += KEYS) {
     const float* key[KEYS];
     for (int i = 0; i < KEYS; i++) key[i] = keys + std::min(j + i, n - 1) * stride; // the last one stands in for none
-    for (int i = 0; i < KEYS; i++) // the next ones, and their values
-      for (int64_t c = 0; c < stride; c += LINE) __builtin_prefetch(key[i] + KEYS * stride + c);
+    for (int i = 0; i < KEYS; i++) // those of the next block
+      for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(key[i] + TOGETHER * stride + c, 0, 2);
     PerHead sum[KEYS] = {};
     for (int64_t c = 0; c < d; c++) {
       const PerHead q = load<PerHead>(queries + c * HEADS);
@@ -58,6 +58,7 @@ void weigh(const float* weights, const float* values, int64_t stride, int64_t n,
   for (int h = 0; h < HEADS; h++) sum[h] = load<Features>(out + h * d) * keep[h];
   for (int64_t j = 0; j < n; j++) {
     const Features value = load<Features>(values + j * stride);
+    __builtin_prefetch(values + (j + TOGETHER) * stride, 0, 2);
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++) sum[h] += weights[j * HEADS + h] * value;
   }
