@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 LEAST = 256  # places; below, finding out costs more than it may save
-WORTH = 0.75  # of the places hold different tokens at most
+WORTH = 0.75  # of the places are computed at most
+ROUND = 128  # how many are computed is a multiple of it: oneDNN gets ready anew, and keeps it, for every other number
 
 
 class RepeatedTokens(NamedTuple):
-    """Which places (b, n) hold the same token: u different ones."""
+    """Which places (b, n) hold the same token: u different ones, and some over again to fill up."""
 
     first: Tensor  # (u,) a place that holds each, counted over b and n
     which: Tensor  # (b, n) the token's number among the u
@@ -33,8 +34,9 @@ def repeated_tokens(ids: Tensor) -> RepeatedTokens | None:
     if ids.device.type != "cpu" or ids.numel() < LEAST or torch.compiler.is_compiling():
         return None
     different, which = ids.unique(return_inverse=True)
-    if len(different) > WORTH * ids.numel():
+    u = -(-len(different) // ROUND) * ROUND
+    if u > WORTH * ids.numel():
         return None
     places = torch.arange(ids.numel())
-    first = places.new_full(different.shape, ids.numel()).scatter_reduce_(0, which.flatten(), places, "amin")
+    first = places.new_zeros(u).scatter_reduce_(0, which.flatten(), places, "amin", include_self=False)
     return RepeatedTokens(first, which)

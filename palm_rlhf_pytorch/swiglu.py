@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.native import library
-from palm_rlhf_pytorch.products import by_onednn, linear, multiplied
+from palm_rlhf_pytorch.products import by_onednn, filled_up, linear, multiplied
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
 SMALL = 2**12  # numbers; below, a call outside of torch does not pay
@@ -64,10 +64,18 @@ def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor
     and `out` (..., d).
     """
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, into, out))
-    if trained and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        first, last = split(F.linear(x, into), out)
+        return first, F.linear(swiglu(last), out)
+    if trained:
         return ProjectSwiGLU.apply(x, into, out)
-    first, last = split(linear(x, into), out)
-    return first, linear(swiglu(last), out)
+    first, last = split(linear(filled_up(x.flatten(0, -2)), into), out)
+    return as_rows_of(x, first), as_rows_of(x, linear(swiglu(last), out))
+
+
+def as_rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Those of rows (at least m, f) that stand for x (..., d), m vectors: (..., f)."""
+    return rows[: x.numel() // x.shape[-1]].view(*x.shape[:-1], rows.shape[-1])
 
 
 def split(projected: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +89,15 @@ class ProjectSwiGLU(torch.autograd.Function):
 
     Each part is a matrix of its own: torch's backward pass would copy the parts' gradients together twice, and what is
     above 32 MiB is handed back to the system and cleared anew every time. What goes into `out` is not kept, its
-    factors are. On a GPU one product is faster.
+    factors are, in as many rows as they were computed in. On a GPU one product is faster.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        first, value, gate = (linear(x, w) for w in parts(into, out))
+        rows = filled_up(x.flatten(0, -2))
+        first, value, gate = (linear(rows, w) for w in parts(into, out))
         ctx.save_for_backward(x, into, out, value, gate)
-        return first, linear(gated(value, gate), out)
+        return as_rows_of(x, first), as_rows_of(x, linear(gated(value, gate), out))
 
     @staticmethod
     def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,19 +108,20 @@ class ProjectSwiGLU(torch.autograd.Function):
             wanted = [t for t, needed in zip((x, into, out), ctx.needs_input_grad, strict=True) if needed]
             found = iter(torch.autograd.grad(outputs, wanted, (to_first, to_last), create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-        flat = [t.reshape(-1, t.shape[-1]) for t in (x, value, gate, to_first, to_last)]
-        rows, value, gate, to_first, to_last = flat
+        rows = x.reshape(-1, x.shape[-1])
+        flat = (t.reshape(-1, t.shape[-1]) for t in (to_first, to_last))
+        to_first, to_last = (F.pad(t, (0, 0, 0, len(value) - len(rows))) if len(value) > len(rows) else t for t in flat)
         inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate)
         gradients = to_first, to_value, to_gate
         to_x = to_into = to_out = None
         if ctx.needs_input_grad[0]:
-            to_x = sum_of_products(gradients, parts(into, out)).view(x.shape)
+            to_x = as_rows_of(x, sum_of_products(gradients, parts(into, out)))
         if ctx.needs_input_grad[1]:
             to_into = torch.empty_like(into)
             for g, place in zip(gradients, parts(to_into, out), strict=True):
-                torch.mm(g.t(), rows, out=place)
+                torch.mm(g[: len(rows)].t(), rows, out=place)
         if ctx.needs_input_grad[2]:
-            to_out = to_last.t() @ inner
+            to_out = to_last[: len(rows)].t() @ inner[: len(rows)]
         return to_x, to_into, to_out
 
 

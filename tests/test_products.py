@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from palm_rlhf_pytorch import products
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.products import Linear, by_onednn, linear, multiplied
+from palm_rlhf_pytorch.products import Linear, by_onednn, filled_up, linear, multiplied
+from palm_rlhf_pytorch.swiglu import project_swiglu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -16,6 +17,7 @@ def everything(monkeypatch):
     """Whatever may go to oneDNN goes there, whichever processor this is."""
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(products, "SMALL", 0)
+    monkeypatch.setattr(products, "ROWS", 1)
 
 
 @pytest.mark.parametrize("x_shape", [(7, 6), (2, 5, 6), (6,), (1, 6)])
@@ -71,11 +73,42 @@ def test_left_to_torch(monkeypatch):
         assert not by_onednn(x, weight) and linear(x, weight).dtype == torch.bfloat16
     for slow in (torch.randn(4, 12)[:, :6], torch.randn(1, 6).expand(4, -1)):  # 1,000 times slower there
         assert not by_onednn(x, slow)
+    monkeypatch.setattr(products, "ROWS", 4)
+    assert not by_onednn(x, weight) and by_onednn(x[:4], weight) and by_onednn(torch.randn(2, 2, 6), weight)
+    monkeypatch.setattr(products, "ROWS", 1)
     monkeypatch.setattr(products, "SMALL", 5 * 6 * 4 + 1)
     assert not by_onednn(x, weight)
     monkeypatch.setattr(products, "SMALL", 0)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert not by_onednn(x, weight)
+
+
+def test_filled_up(monkeypatch):
+    monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(products, "FILL", 0.25)
+    x = torch.randn(28, 3)
+    more = filled_up(x)
+    assert more.shape == (32, 3) and torch.equal(more[:28], x) and not more[28:].any()
+    for rows in (32, 4, 9, 0):  # a multiple already; too many to add: 4 to 4, 7 to 9; nothing
+        assert filled_up(torch.ones(rows, 3)).shape == (rows, 3)
+    assert filled_up(x.double()).shape == (28, 3)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    assert filled_up(x).shape == (28, 3)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_swiglu_with_rows_filled_up(monkeypatch, trained):
+    x, into, out = (torch.randn(s).requires_grad_(trained) for s in ((2, 15, 6), (14, 6), (6, 5)))
+    expected = project_swiglu(x, into, out)
+    monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(products, "FILL", 0.25)
+    found = project_swiglu(x, into, out)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    if trained:
+        learned = [torch.autograd.grad(o[0].pow(2).sum() + o[1].sum(), (x, into, out)) for o in (found, expected)]
+        for a, b in zip(*learned, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

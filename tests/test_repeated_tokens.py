@@ -12,6 +12,7 @@ from palm_rlhf_pytorch.repeated_tokens import repeated_tokens
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(module, "LEAST", 1)
+    monkeypatch.setattr(module, "ROUND", 1)
 
 
 def test_which_and_first():
@@ -19,6 +20,15 @@ def test_which_and_first():
     assert found.first.tolist() == [1, 0, 6] and found.which.tolist() == [[1, 0, 1, 1], [0, 0, 2, 1]]
     x = torch.tensor([[7.0, 3, 7, 7], [3, 3, 9, 7]])[..., None]
     assert found.once(x).tolist() == [[3], [7], [9]] and torch.equal(found.everywhere(found.once(x)), x)
+
+
+def test_filled_up_to_a_round_number(monkeypatch):
+    monkeypatch.setattr(module, "ROUND", 4)
+    ids = torch.tensor([[7, 3, 7, 7], [3, 3, 9, 7]])
+    found, x = repeated_tokens(ids), ids[..., None].float()
+    assert found.first.tolist() == [1, 0, 6, 0] and torch.equal(found.everywhere(found.once(x)), x)
+    monkeypatch.setattr(module, "ROUND", 7)
+    assert repeated_tokens(ids) is None  # 7 of 8 places
 
 
 def test_only_where_it_is_worth_it(monkeypatch):
@@ -40,8 +50,11 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("multiple", [1, 12])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_with_and_without(monkeypatch, kind):
+def test_the_same_with_and_without(monkeypatch, kind, multiple):
+    monkeypatch.setattr(module, "ROUND", multiple)
+
     def run(shared):
         used = []
         monkeypatch.setattr(
