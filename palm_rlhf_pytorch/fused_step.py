@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.kv_cache import KVCache
@@ -29,6 +30,10 @@ class Fused:
     """`packed_step.InTorch` in one call a layer: nothing is masked, for every row ends where it ends."""
 
     def __init__(self, cache: KVCache, turns: HeadsRotation, window: int | None):
+        if cache.filled >= cache.max_len:  # it would be written behind
+            raise ValueError(f"the cache's {cache.max_len} positions are taken: reserve(1) makes room for another")
+        if not cache.memory.dtype == turns.cos.dtype == torch.float32:
+            raise TypeError(f"a fused step is in float32, but the cache is in {cache.memory.dtype}")
         self.cache, self.turns, self.lengths = cache, turns, cache.lengths.contiguous()
         self.window = ALL if window is None else window
         self.call = library("decode").attend_and_gate

@@ -161,6 +161,8 @@ class PackedStep:
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if versions(self.sources) != self.versions:
             self._pack()
+        if len(tokens) != cache.rows:
+            raise ValueError(f"the cache has {cache.rows} rows, but there are {len(tokens)} tokens")
         between = self.between(cache, self._turns(cache), self.palm.sliding_window)
         x = F.embedding(tokens, self.palm.token_emb.weight)
         if self.to_logits.packed and len(x) < FEWEST:

@@ -21,6 +21,7 @@ from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residu
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
 from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
+from palm_rlhf_pytorch.packed_step import hooked
 from palm_rlhf_pytorch.pretrained import PretrainedMixin
 from palm_rlhf_pytorch.products import Linear
 from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens, repeated_tokens
@@ -313,8 +314,7 @@ class PaLM(PretrainedMixin, nn.Module):
             embeds = self.token_emb(ids)
         if extra_embed is not None:
             embeds = embeds + extra_embed.to(embeds.dtype)
-        # what is added is added by place; and each place drops out features of its own
-        repeated = repeated_tokens(ids) if extra_embed is None and not self.layers[0].fn.drops else None
+        repeated = repeated_tokens(ids) if extra_embed is None and self._begins_by_token() else None
         if cache is None:
             embeds = self._layers(embeds, mask, lora, repeated)
         else:
@@ -330,6 +330,14 @@ class PaLM(PretrainedMixin, nn.Module):
         logits = self.logits_of(embeds)
         return (logits, embeds) if return_logits_with_embedding else logits
 
+    def _begins_by_token(self) -> bool:
+        """Whether the first layer's input depends on nothing but the token, and it is as it was made: others may add
+        something by place, and hooks may look at places; dropout drops other features in every one.
+        """
+        first = self.layers[0].fn
+        made = type(self.token_emb) is nn.Embedding and type(first) is ParallelTransformerBlock
+        return made and not first.drops and not hooked(self.token_emb) and not hooked(self.layers[0])
+
     def _layers(
         self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, repeated: RepeatedTokens | None
     ) -> Tensor:
@@ -344,7 +352,8 @@ class PaLM(PretrainedMixin, nn.Module):
         for i, layer in enumerate(self.layers):
             visible = near if self.windowed[i] else mask
             own = lora[i] if lora is not None else None
-            x = self._run(layer, x, visible, own, rotation=rotation, repeated=repeated if i == 0 else None)
+            once = {} if repeated is None or i > 0 else {"repeated": repeated}
+            x = self._run(layer, x, visible, own, rotation=rotation, **once)
         return x
 
     def _run(self, layer: nn.Module, *args: Any, recomputable: bool = True, **kwargs: Any) -> Tensor:
@@ -399,8 +408,9 @@ class PaLM(PretrainedMixin, nn.Module):
             visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
             own = lora[i] if lora is not None else None
-            keywords = {"rotation": rotation, "remember": remember, "repeated": repeated if i == 0 else None}
-            x = self._run(layer, x, visible, own, recomputable=cache.recomputable, **keywords)
+            once = {} if repeated is None or i > 0 else {"repeated": repeated}
+            keywords = {"rotation": rotation, "remember": remember, "recomputable": cache.recomputable}
+            x = self._run(layer, x, visible, own, **keywords, **once)
         return x
 
     def next_logits(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALL = 2**20  # multiplications; below, what oneDNN takes a call (15 us) is more than it saves
 ROWS = 128  # it gets multiples of so many: for every other number it gets ready anew (4 ms), and keeps that (0.5 MiB)
@@ -31,23 +33,38 @@ def onednn_is_faster() -> bool:
     return bool(vendors) and "GenuineIntel" not in vendors[0]
 
 
+def only_computed(*tensors: Tensor) -> bool:
+    """Whether these are numbers to compute with and nothing else: not traced or compiled, without tangents, and not
+    what torch.func or a dispatch mode puts in the place of numbers. Those follow torch's own operations alone.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+        return False
+    if _get_current_dispatch_mode() is not None:
+        return False
+    return all(type(t) in KINDS and not torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+
+
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiplied` is the faster way to x (..., i) times weight (o, i), and gives the same."""
+    if not only_computed(x, weight):
+        return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if x.numel() * weight.shape[0] < SMALL or type(x) not in KINDS or type(weight) not in KINDS:
+    if x.numel() * weight.shape[0] < SMALL:
         return False
     if x.numel() // x.shape[-1] % ROWS:
         return False
     if not (weight.is_contiguous() or weight.t().is_contiguous()):  # for others it has no fast code: 1,000 times slower
         return False
-    return onednn_is_faster() and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
 
 
 def filled_up(x: Tensor) -> Tensor:
     """x (m, i), with rows of zeros below where that lets oneDNN multiply it, and they are few."""
+    if not only_computed(x) or x.device.type != "cpu" or x.dtype != torch.float32:
+        return x
     more = -len(x) % ROWS
-    if not 0 < more <= FILL * len(x) or x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_is_faster():
+    if not 0 < more <= FILL * len(x) or not onednn_is_faster():
         return x
     return F.pad(x, (0, 0, 0, more))
 

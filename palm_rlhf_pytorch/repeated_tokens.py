@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from palm_rlhf_pytorch.products import only_computed
+
 LEAST = 256  # places; below, finding out costs more than it may save
 WORTH = 0.75  # of the places are computed at most
 ROUND = 128  # how many are computed is a multiple of it: oneDNN gets ready anew, and keeps it, for every other number
@@ -31,12 +33,12 @@ def repeated_tokens(ids: Tensor) -> RepeatedTokens | None:
     """The repetitions among ids (b, n); None where they are not worth it. Only on a CPU: how many tokens differ decides
     shapes, for which a GPU would be waited for, and which may not hang on the data while compiling.
     """
-    if ids.device.type != "cpu" or ids.numel() < LEAST or torch.compiler.is_compiling():
+    if not only_computed(ids) or ids.device.type != "cpu" or ids.numel() < LEAST:
         return None
     different, which = ids.unique(return_inverse=True)
     u = -(-len(different) // ROUND) * ROUND
     if u > WORTH * ids.numel():
         return None
-    places = torch.arange(ids.numel())
+    places = torch.arange(ids.numel(), device=ids.device)
     first = places.new_zeros(u).scatter_reduce_(0, which.flatten(), places, "amin", include_self=False)
     return RepeatedTokens(first, which)

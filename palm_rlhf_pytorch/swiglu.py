@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.native import library
-from palm_rlhf_pytorch.products import by_onednn, filled_up, linear, multiplied
+from palm_rlhf_pytorch.products import by_onednn, filled_up, linear, multiplied, only_computed
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
 SMALL = 2**12  # numbers; below, a call outside of torch does not pay
@@ -48,10 +48,12 @@ def in_one_pass(*tensors: Tensor) -> bool:
     """Whether tensors of one shape lie as native/swiglu.cpp reads them: float32, rows at one distance, on a CPU where
     it could be compiled.
     """
+    if not only_computed(*tensors):
+        return False
     one, strides = tensors[0], {t.stride() for t in tensors}
     if one.device.type != "cpu" or one.numel() < SMALL or any(t.dtype != torch.float32 for t in tensors):
         return False
-    if len(strides) > 1 or one.stride(-1) != 1 or torch.compiler.is_compiling() or type(one) is not Tensor:
+    if len(strides) > 1 or one.stride(-1) != 1:
         return False
     steps = zip(one.stride()[:-2], one.stride()[1:-1], one.shape[1:-1], strict=True)
     return all(outer == inner * size for outer, inner, size in steps) and library("swiglu") is not None
@@ -64,13 +66,16 @@ def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor
     and `out` (..., d).
     """
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, into, out))
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not only_computed(x, into, out):
         first, last = split(F.linear(x, into), out)
         return first, F.linear(swiglu(last), out)
+    rows = x.reshape(-1, x.shape[-1])
     if trained:
-        return ProjectSwiGLU.apply(x, into, out)
-    first, last = split(linear(filled_up(x.flatten(0, -2)), into), out)
-    return as_rows_of(x, first), as_rows_of(x, linear(swiglu(last), out))
+        first, last = ProjectSwiGLU.apply(rows, into, out)
+    else:
+        first, last = split(linear(filled_up(rows), into), out)
+        last = linear(swiglu(last), out)
+    return as_rows_of(x, first), as_rows_of(x, last)
 
 
 def as_rows_of(x: Tensor, rows: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ def split(projected: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ProjectSwiGLU(torch.autograd.Function):
-    """`project_swiglu` for training on a CPU, where memory is what counts.
+    """`project_swiglu` of rows x (m, d) for training on a CPU, where memory is what counts.
 
     Each part is a matrix of its own: torch's backward pass would copy the parts' gradients together twice, and what is
     above 32 MiB is handed back to the system and cleared anew every time. What goes into `out` is not kept, its
@@ -94,10 +99,11 @@ class ProjectSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        rows = filled_up(x.flatten(0, -2))
+        rows = filled_up(x)
         first, value, gate = (linear(rows, w) for w in parts(into, out))
         ctx.save_for_backward(x, into, out, value, gate)
-        return as_rows_of(x, first), as_rows_of(x, linear(gated(value, gate), out))
+        last = linear(gated(value, gate), out)
+        return (first, last) if len(rows) == len(x) else (first[: len(x)].clone(), last[: len(x)].clone())
 
     @staticmethod
     def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,20 +114,20 @@ class ProjectSwiGLU(torch.autograd.Function):
             wanted = [t for t, needed in zip((x, into, out), ctx.needs_input_grad, strict=True) if needed]
             found = iter(torch.autograd.grad(outputs, wanted, (to_first, to_last), create_graph=True))
             return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-        rows = x.reshape(-1, x.shape[-1])
-        flat = (t.reshape(-1, t.shape[-1]) for t in (to_first, to_last))
-        to_first, to_last = (F.pad(t, (0, 0, 0, len(value) - len(rows))) if len(value) > len(rows) else t for t in flat)
+        more = len(value) - len(x)
+        if more:
+            to_first, to_last = (F.pad(t, (0, 0, 0, more)) for t in (to_first, to_last))
         inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate)
         gradients = to_first, to_value, to_gate
         to_x = to_into = to_out = None
         if ctx.needs_input_grad[0]:
-            to_x = as_rows_of(x, sum_of_products(gradients, parts(into, out)))
+            to_x = sum_of_products(gradients, parts(into, out))[: len(x)]
         if ctx.needs_input_grad[1]:
             to_into = torch.empty_like(into)
             for g, place in zip(gradients, parts(to_into, out), strict=True):
-                torch.mm(g[: len(rows)].t(), rows, out=place)
+                torch.mm(g[: len(x)].t(), x, out=place)
         if ctx.needs_input_grad[2]:
-            to_out = to_last[: len(rows)].t() @ inner[: len(rows)]
+            to_out = to_last[: len(x)].t() @ inner[: len(x)]
         return to_x, to_into, to_out
 
 

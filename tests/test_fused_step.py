@@ -90,6 +90,23 @@ def test_scores_far_apart_and_large():
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_nothing_is_written_behind_the_cache():
+    palm = new_palm()
+    step, cache = PackedStep(palm, 2), palm.new_cache(2, 3)
+    with pytest.raises(ValueError, match="2 rows, but there are 1 tokens"):
+        step(torch.tensor([1]), cache)
+    for _ in range(3):
+        step(torch.tensor([1, 2]), cache)
+        cache.advance(1, 1)
+    with pytest.raises(ValueError, match="3 positions are taken"):
+        step(torch.tensor([1, 2]), cache)
+    cache = palm.new_cache(2, 3)
+    cache.memory = cache.memory.bfloat16()
+    with pytest.raises(TypeError, match="bfloat16"):
+        step(torch.tensor([1, 2]), cache)
+
+
 @pytest.mark.parametrize("keywords", [{"qk_rmsnorm": True}, {"qk_layernorm": True}, {"dim_head": 8}])
 def test_what_the_pass_does_not_know_is_done_in_torch(keywords):
     assert PackedStep(new_palm(**keywords), 2).between is InTorch

@@ -1,7 +1,6 @@
 """What is compiled: once, for this processor, on torch's own threads; and what happens where it cannot be."""
 
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +62,8 @@ def test_threads_are_torchs():
     """One OpenMP runtime in the process, or two pools of threads would fight for the cores."""
     code = (
         "from palm_rlhf_pytorch.native import library; library('swiglu');"
-        "print(len({l.split()[5] for l in open('/proc/self/maps') if 'omp' in l and '.so' in l}))"
+        "names = {l.split()[5].rsplit('/')[-1] for l in open('/proc/self/maps') if '.so' in l};"
+        "print(len({n for n in names if n.startswith(('libgomp', 'libiomp5', 'libomp'))}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
@@ -93,7 +93,29 @@ def test_what_does_not_compile_is_told_and_done_without(fresh, monkeypatch, capl
 
 
 @compiles
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_cannot_be_written(fresh, monkeypatch, tmp_path):
-    tmp_path.chmod(0o500)
+def test_a_cache_that_cannot_be_made(fresh, monkeypatch, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    assert fresh("swiglu") is None and "could not be compiled" in caplog.text
+
+
+@compiles
+def test_a_cache_that_others_may_write_to_is_not_trusted(fresh, tmp_path, caplog):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    assert fresh("swiglu") is None and "may be written by others" in caplog.text
+    (tmp_path / "cache").chmod(0o700)
+    assert fresh("swiglu") is not None
+    (made,) = (tmp_path / "cache").iterdir()
+    made.chmod(0o777)
     assert fresh("swiglu") is None
+
+
+@compiles
+def test_nobodys_home(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (native.CACHE, native.SWITCH, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    assert library.__wrapped__("swiglu") is None

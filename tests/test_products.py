@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from palm_rlhf_pytorch import products
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.products import Linear, by_onednn, filled_up, linear, multiplied
+from palm_rlhf_pytorch.products import Linear, by_onednn, filled_up, linear, multiplied, only_computed
 from palm_rlhf_pytorch.swiglu import project_swiglu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -94,6 +96,35 @@ def test_filled_up(monkeypatch):
     assert filled_up(x.double()).shape == (28, 3)
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert filled_up(x).shape == (28, 3)
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_is_not_only_computed():
+    x, weight = torch.randn(4, 6), torch.randn(3, 6)
+    assert only_computed(x, weight) and only_computed(torch.nn.Parameter(x))
+    with Nothing():
+        assert not only_computed(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        assert forward_ad.unpack_dual(linear(dual, weight)).tangent is not None
+    torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight))(x), x @ weight.t())
+    by_x = torch.func.grad(lambda x: linear(x, weight).sum())(x)
+    torch.testing.assert_close(by_x, weight.sum(0).expand(4, -1))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: linear(x, weight), x)
+    torch.testing.assert_close(traced(x + 1), (x + 1) @ weight.t())
+
+
+def test_compiled_as_one_graph():
+    palm = PaLM(num_tokens=16, dim=16, depth=2, dim_head=8, heads=2)
+    ids = torch.randint(0, 16, (2, 8))
+    compiled = torch.compile(palm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), palm(ids))
+    compiled(ids, return_loss=True).backward()
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palm_rlhf_pytorch import palm as palm_module
 from palm_rlhf_pytorch import repeated_tokens as module
@@ -87,6 +88,35 @@ def test_prompts_read_into_a_cache(monkeypatch):
         caches.append(palm.new_cache(2, 12))
         palm(ids, cache=caches[-1])
     torch.testing.assert_close(caches[0].memory, caches[1].memory)
+
+
+def noisy(module, arguments, made):
+    return made + torch.linspace(-1, 1, made.numel()).view(made.shape)
+
+
+class Learned(torch.nn.Embedding):
+    """Positions too."""
+
+
+CHANGES = {
+    "a hook on the embedding": lambda palm: palm.token_emb.register_forward_hook(noisy),
+    "a hook on the norm": lambda palm: palm.layers[0].fn.norm.register_forward_hook(noisy),
+    "an embedding of another kind": lambda palm: setattr(palm, "token_emb", Learned(5, 16)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_not_where_something_may_depend_on_the_place(monkeypatch, change):
+    palm = PaLM(num_tokens=5, dim=16, depth=1, dim_head=8, heads=2)
+    assert palm._begins_by_token()
+    CHANGES[change](palm)
+    monkeypatch.setattr(palm_module, "repeated_tokens", lambda ids: pytest.fail("places may differ"))
+    palm(torch.ones(2, 9, dtype=torch.long))
+
+
+def test_without_numbers():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert repeated_tokens(torch.ones(2, 9, dtype=torch.long)) is None
 
 
 @pytest.mark.parametrize("mode", ["added by place", "dropout"])

@@ -30,12 +30,15 @@ logger = logging.getLogger(__name__)
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """`name`.cpp, compiled for this processor; None where that cannot be done, and the log says why."""
-    compiler, openmp = next(filter(None, map(shutil.which, COMPILERS)), None), loaded_openmp()
-    if os.environ.get(SWITCH) == "0" or compiler is None or openmp is None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if os.environ.get(SWITCH) == "0" or compiler is None:
         return None
     try:
+        openmp = loaded_openmp()
+        if openmp is None:
+            return None
         return ctypes.CDLL(str(compiled(Path(__file__).with_name(f"{name}.cpp"), compiler, openmp)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         logger.warning("%s.cpp could not be compiled (%s); torch's operations are used", name, said.strip()[-300:])
         return None
@@ -50,6 +53,7 @@ def compiled(source: Path, compiler: str, openmp: str) -> Path:
     made = folder / f"{source.stem}-{key}.so"
     if not made.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_owner(folder)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             # linked to the OpenMP that torch runs on: a second pool of threads would fight the first for the cores
             built, parallel = Path(temporary) / made.name, ("-fopenmp", "-c", "-o")
@@ -57,7 +61,16 @@ def compiled(source: Path, compiler: str, openmp: str) -> Path:
             run(compiler, *FLAGS[:-1], *parallel, part, str(source))
             run(compiler, "-shared", "-o", str(built), part, openmp)
             os.replace(built, made)
+    check_owner(folder, made)
     return made
+
+
+def check_owner(*places: Path) -> None:
+    """What others may write to, they could fill with code of theirs."""
+    for place in places:
+        found = place.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{place} may be written by others; {CACHE} can name a folder of your own")
 
 
 def run(*command: str) -> None:
@@ -72,7 +85,7 @@ def cache_folder() -> Path:
 
 def processor() -> str:
     """What code for this very processor may differ by: a home directory can be shared by several machines."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
     about = [line for line in lines if line.startswith(("vendor_id", "model name", "flags", "Features"))]
     return "\n".join([platform.machine(), *sorted(set(about))])
 
@@ -82,7 +95,7 @@ def loaded_openmp() -> str | None:
     """The file of the OpenMP runtime that torch runs on: its own, or the only one there is; None if that is unclear."""
     torch.get_num_threads()  # the runtime is there from here on
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
+    lines = maps.read_text(errors="surrogateescape").splitlines() if maps.exists() else []
     files = {Path(line.split(maxsplit=5)[5]) for line in lines if ".so" in line}
     runtimes = {file for file in files if file.name.startswith(("libgomp", "libiomp5", "libomp"))}
     own = {file for file in runtimes if file.is_relative_to(Path(torch.__file__).parent)} or runtimes

@@ -26,7 +26,7 @@ template <typename V> inline V load(const float* from) {
 }
 template <typename V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
-// e^x to 1e-7 of it: 2^k e^r with |r| <= ln(2) / 2, and a Taylor polynomial of degree 7
+// e^x to 1e-7 of it, of x from -87 to 88 (beyond, of these): 2^k e^r with |r| <= ln(2) / 2, and a Taylor polynomial of degree 7
 template <typename V> inline V exponential(V x) {
   typedef typename Ints<V>::type I;
   x = x < -87.0f ? V{} - 87.0f : x;
@@ -44,14 +44,14 @@ template <typename V> inline V exponential(V x) {
   return sum * power;
 }
 
-// gate / (1 + e^-gate) * value, n features
+// silu(gate) * value, n features
 inline void swiglu(const float* value, const float* gate, int64_t n, float* out) {
   int64_t c = 0;
   for (; c + WIDE <= n; c += WIDE) {
     const Features z = load<Features>(gate + c);
-    store(out + c, load<Features>(value + c) * z / (1.0f + exponential(-z)));
+    store(out + c, load<Features>(value + c) * (z / (1.0f + exponential(-z))));
   }
-  for (; c < n; c++) out[c] = value[c] * gate[c] / (1.0f + std::exp(-gate[c]));
+  for (; c < n; c++) out[c] = value[c] * (gate[c] / (1.0f + std::exp(-gate[c])));
 }
 
 } // namespace
