@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.kv_cache import KVCache
-from palm_rlhf_pytorch.packed_step import PackedStep, can_pack, hooked
+from palm_rlhf_pytorch.native_step import packed_step
+from palm_rlhf_pytorch.packed_step import can_pack, hooked
 
 DECODERS = ("auto", "plain", "packed", "compiled")
 FEW = {"packed": 8, "compiled": 64}  # steps up to which getting ready would not pay
@@ -101,7 +102,7 @@ def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str =
         return
     cache = model.new_cache(batch, min(max_len, FIRST_LENGTH))
     cache.clear()
-    step = PackedStep(model, batch) if chosen == "packed" else partial(model.next_logits, **kwargs)
+    step = packed_step(model, batch, steps) if chosen == "packed" else partial(model.next_logits, **kwargs)
     yield Decoder(cache, step, LOOK_EVERY if cache.lengths.is_cuda else 1)
 
 

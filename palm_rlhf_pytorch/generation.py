@@ -13,7 +13,7 @@ from tqdm import tqdm
 from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
 from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask
 from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_largest, nucleus
-from palm_rlhf_pytorch.vocabulary import log_softmax
+from palm_rlhf_pytorch.vocabulary import log_softmax, tempered
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
 WRITE_EVERY = 256  # steps whose tokens are laid into their sequences together
@@ -44,7 +44,7 @@ class Sampling:
         """Logits (b, v) -> float32 logits whose softmax is the distribution sampled from."""
         if self.filter_logits is not None:
             logits = self.filter_logits(logits)
-        logits = logits.float() / (self.temperature or 1.0)
+        logits = tempered(logits, self.temperature)
         if self.top_k is not None:
             logits = keep_largest(logits, self.top_k)
         return logits if self.top_p is None else nucleus(logits, self.top_p)
@@ -136,7 +136,7 @@ class Rows:
         self.prompts, self.lengths, self.limits = prompts, lengths, limits
         self.waiting = lengths.argsort(descending=True, stable=True)
         self.rows = self.waiting[:0]
-        self.ends = limits[:0]  # of the rows at work
+        self.last = limits[:0]  # positions that the rows at work may fill
         self.tokens = prompts.new_empty(0)
         self.alive = torch.empty(0, dtype=torch.bool, device=prompts.device)
         self.ended = 0  # rows that have left
@@ -154,8 +154,8 @@ class Rows:
         self.ended += self.rows.numel() - stay.numel()
         if stay.numel() < self.rows.numel():
             order = self.decoder.cache.keep(stay)
-            kept = (t[order] for t in (self.rows, self.ends, self.tokens, self.alive))
-            self.rows, self.ends, self.tokens, self.alive = kept
+            kept = (t[order] for t in (self.rows, self.last, self.tokens, self.alive))
+            self.rows, self.last, self.tokens, self.alive = kept
         if ended.numel():
             self.decoder.cache.restart(~self.alive)  # or they would run out of room
         if come:
@@ -182,7 +182,7 @@ class Rows:
                 )
                 part.repeat(once, copy_of)
             cache.join(part)
-        self.rows, self.ends = torch.cat((self.rows, rows)), torch.cat((self.ends, self.limits[rows]))
+        self.rows, self.last = torch.cat((self.rows, rows)), torch.cat((self.last, self.limits[rows] - 1))
         self.tokens = torch.cat((self.tokens, self.prompts[rows, lengths]))
         self.alive = torch.cat((self.alive, torch.ones_like(rows, dtype=torch.bool)))
 
@@ -222,7 +222,7 @@ def decode(
             positions = step.cache.lengths
             yield Step(rows.rows, positions, tokens, log_probs, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1
-            rows.alive = rows.alive & (positions + 1 < rows.ends)
+            rows.alive = rows.alive & (positions < rows.last)
             if eos is not None:
                 rows.alive = rows.alive & ~torch.isin(tokens, eos)
 

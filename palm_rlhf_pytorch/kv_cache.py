@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from palm_rlhf_pytorch.huge_pages import in_huge_pages
+
 
 class Memory(Protocol):
     """What `PaLM` asks of a cache: where its rows are, and what their new queries may look at."""
@@ -53,7 +55,8 @@ class KVCache:
         static: bool = False,
     ):
         # a position's key and value lie side by side: one write for both
-        self.memory = torch.zeros(depth, batch, max_len, 2, kv_heads, dim_head, dtype=dtype, device=device)
+        self.memory = torch.empty(depth, batch, max_len, 2, kv_heads, dim_head, dtype=dtype, device=device)
+        in_huge_pages(self.memory).zero_()
         self.centre = max_len // 2
         self.static = static
         self.clear(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention, added_to_scores, window_mask
 from palm_rlhf_pytorch.blocks import HeadsGain, LayerNorm, ParallelTransformerBlock, Residual
-from palm_rlhf_pytorch.fused_step import Fused
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.products import Linear, multiplied, onednn_is_faster
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
@@ -82,21 +81,15 @@ class PackedLayer:
         self.rotates, self.centres, self.eps = block.rotates, block.qk_layernorm, block.norm.eps
         self.gains = block.heads_gains.detach() if block.qk_rmsnorm or block.qk_layernorm else None
 
-    def __call__(self, x: Tensor, between: Between, i: int) -> Tensor:
+    def __call__(self, x: Tensor, between: InTorch, i: int) -> Tensor:
         """x (m, dim), layer i -> (m, dim)."""
         return self.out.plus(between(self, i, self.into(self.norm(x))), x)
 
 
-class Between(Protocol):
+class InTorch:
     """What one step does between a layer's two products: y (p, all of `sizes`) -> (p, attention + feedforward). Rows
     beyond those of the cache are padding, and give 0.
     """
-
-    def __call__(self, layer: PackedLayer, i: int, y: Tensor) -> Tensor: ...
-
-
-class InTorch:
-    """`Between` in torch's operations."""
 
     def __init__(self, cache: KVCache, turns: HeadsRotation, window: int | None):
         positions = cache.lengths
@@ -147,13 +140,16 @@ class PackedStep:
         self.palm, self.rows = palm, rows
         self.turns: tuple[tuple[int, float], HeadsRotation] | None = None
         self._pack()
-        self.between = Fused if all(map(Fused.fits, self.layers)) else InTorch
 
     def _pack(self) -> None:
         palm = self.palm
         layers = chain(*(layer.parameters() for layer in palm.layers))
         self.sources = [*layers, palm.norm.gamma, palm.to_logits.weight]
         self.versions = versions(self.sources)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        palm = self.palm
         windows = [palm.sliding_window if windowed else None for windowed in palm.windowed]
         self.layers = [PackedLayer(r.fn, self.rows, w) for r, w in zip(palm.layers, windows, strict=True)]
         self.norm, self.to_logits = PackedNorm(palm.norm), Matrix(palm.to_logits.weight, self.rows)
@@ -163,14 +159,17 @@ class PackedStep:
             self._pack()
         if len(tokens) != cache.rows:
             raise ValueError(f"the cache has {cache.rows} rows, but there are {len(tokens)} tokens")
-        between = self.between(cache, self._turns(cache), self.palm.sliding_window)
+        logits = self._logits(tokens, cache)
+        return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
+
+    def _logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        between = InTorch(cache, self._turns(cache), self.palm.sliding_window)
         x = F.embedding(tokens, self.palm.token_emb.weight)
         if self.to_logits.packed and len(x) < FEWEST:
             x = F.pad(x, (0, 0, 0, FEWEST - len(x)))
         for i, layer in enumerate(self.layers):
             x = layer(x, between, i)
-        logits = self.to_logits(self.norm(x))[: len(tokens)]
-        return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
+        return self.to_logits(self.norm(x))[: len(tokens)]
 
     def _turns(self, cache: KVCache) -> HeadsRotation:
         """Of every position that the cache has room for."""

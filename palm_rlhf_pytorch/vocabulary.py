@@ -21,7 +21,13 @@ MULTIPLIES_INTO_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # on a GPU; 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probabilities in float32, whatever the dtype of the logits (..., v)."""
-    return (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+    return tempered(logits, temperature).log_softmax(dim=-1)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32, over the temperature; 0 counts as 1."""
+    logits = logits.float()
+    return logits if temperature in (0.0, 1.0) else logits / temperature  # at each token drawn, an operation counts
 
 
 def entropy_of(log_probs: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+// Products of few rows with a weight, as fast as memory gives the weight.
+
+#pragma once
+
+#include "vectors.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int ROWS = 16; // rows multiplied at once: their sums fill half of the registers
+#else
+constexpr int ROWS = 6;
+#endif
+constexpr int FEW = 2;                   // rows that take less time than memory does
+constexpr int AHEAD = 2048, NEAR = 512; // floats of a weight fetched before their turn, and with few rows
+
+// Rows as `product` reads them: blocks of like size, in each of them feature by feature
+struct Rows {
+  int64_t count, size;
+  explicit Rows(int64_t n) : count(n), size((n + (n + ROWS - 1) / ROWS - 1) / ((n + ROWS - 1) / ROWS)) {}
+  int64_t of_block(int64_t first) const { return std::min(size, count - first); }
+  // a row's first feature among `features`, and how far it is from one to the next
+  int64_t begin(int64_t row, int64_t features) const { return row / size * size * features + row % size; }
+  int64_t step(int64_t row) const { return of_block(row / size * size); }
+};
+
+// R rows x (inputs, R) with V panels, each (inputs, WIDE), plus what is `added` -> out (R, outputs), `stride` apart
+template <int R, int V>
+void multiply(const float* x, const float* panel, int64_t inputs, bool fetch, const float* added, float* out,
+              int64_t stride, int64_t outputs) {
+  Features sum[R][V] = {};
+  for (int64_t k = 0; k < inputs; k++) {
+    Features weight[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      const float* place = panel + (v * inputs + k) * WIDE;
+      weight[v] = load<Features>(place);
+      if (fetch) __builtin_prefetch(place + (R > FEW ? AHEAD : NEAR), 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] += x[k * R + r] * weight[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    float found[V * WIDE];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) store(found + v * WIDE, sum[r][v]);
+    for (int64_t i = 0; i < outputs; i++) out[r * stride + i] = found[i] + (added ? added[r * stride + i] : 0.0f);
+  }
+}
+
+typedef void Multiply(const float*, const float*, int64_t, bool, const float*, float*, int64_t, int64_t);
+template <int V, std::size_t... R> constexpr std::array<Multiply*, sizeof...(R)> for_rows(std::index_sequence<R...>) {
+  return {multiply<R + 1, V>...};
+}
+constexpr auto ONE_PANEL = for_rows<1>(std::make_index_sequence<ROWS>());
+constexpr auto TWO_PANELS = for_rows<2>(std::make_index_sequence<ROWS / 2>());
+
+// x, laid out by `rows`, with a weight (inputs, outputs) in panels, plus `added` (rows, outputs), if any -> out; the
+// threads of a parallel region share the work. Each number is summed in one order, whatever rows it comes with.
+void product(const float* x, const Rows& rows, const float* weight, int64_t inputs, int64_t outputs, const float* added,
+             float* out) {
+  const int64_t panels = (outputs + WIDE - 1) / WIDE, most = rows.size <= ROWS / 2 ? 2 : 1;
+#pragma omp for schedule(static)
+  for (int64_t p = 0; p < panels; p += most) {
+    const int64_t first = p * WIDE, count = std::min(most, panels - p), ends = std::min(count * WIDE, outputs - first);
+    for (int64_t r = 0; r < rows.count; r += rows.size) {
+      const int64_t many = rows.of_block(r), at = r * outputs + first;
+      Multiply* const run = count == 2 ? TWO_PANELS[many - 1] : ONE_PANEL[many - 1];
+      run(x + r * inputs, weight + first * inputs, inputs, r == 0, added ? added + at : nullptr, out + at, outputs, ends);
+    }
+  }
+}
+
+} // namespace

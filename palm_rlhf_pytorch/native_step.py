@@ -1,0 +1,144 @@
+"""A decoding step on a CPU in one call of C++ (native/decode.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palm_rlhf_pytorch import huge_pages
+from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock
+from palm_rlhf_pytorch.kv_cache import KVCache
+from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.packed_step import PackedStep
+
+if TYPE_CHECKING:
+    from palm_rlhf_pytorch.palm import PaLM
+
+WIDE = 16  # decode.cpp's: heads come in multiples of it
+ALL = 2**62  # a window that hides nothing
+AS_MANY = 12  # rows that a step takes as long for as for one: it waits for the weights
+WORTH = 2  # times the vocabulary are drawn at least where every token's first layer is computed beforehand
+
+
+class Layer(ctypes.Structure):
+    """decode.cpp's struct of that name."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("gain", "into", "out")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("turns", "window")] + [("eps", ctypes.c_double)]
+
+
+class Step(ctypes.Structure):
+    """Likewise."""
+
+    SIZES = ("rows", "dim", "heads", "kv_heads", "d", "ff", "vocab", "depth", "max_len")
+    STRIDES = ("layer_memory", "turn_place", "turn_head")
+    _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES]
+    _fields_ += [("layers", ctypes.c_void_p), ("tokens", ctypes.c_void_p), ("computed", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("lengths", "cos", "sin", "memory", "gain", "to_logits")]
+    _fields_ += [("eps", ctypes.c_double), ("room", ctypes.c_void_p), ("logits", ctypes.c_void_p)]
+
+
+class NativeStep(PackedStep):
+    """`PackedStep` with weights in panels of 16 outputs, read once a step, and nothing of Python between the products.
+
+    A row's logits are the same bits whatever rows it comes with. Where `steps` promises enough tokens, what the first
+    layer makes of each before its attention is computed beforehand, for it depends on nothing else.
+    """
+
+    def __init__(self, palm: PaLM, rows: int, steps: int = 0):
+        self.room = torch.empty(0)
+        self.computes = steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
+        super().__init__(palm, rows)
+
+    @staticmethod
+    def fits(palm: PaLM) -> bool:
+        """Whether the step knows all that the layers do, and can be compiled here."""
+        normed = any(layer.fn.qk_rmsnorm or layer.fn.qk_layernorm for layer in palm.layers)
+        return not normed and palm.dim_head % WIDE == 0 and library("decode") is not None
+
+    def _lay_out(self) -> None:
+        palm, blocks = self.palm, [layer.fn for layer in self.palm.layers]
+        self.kept = []  # what the pointers point to
+        self.computed = first_layer(palm) if self.computes else None
+        windows = [palm.sliding_window if windowed else ALL for windowed in palm.windowed]
+        layers = [
+            self._layer(block, window, self.computes and i == 0)
+            for i, (block, window) in enumerate(zip(blocks, windows, strict=True))
+        ]
+        self.layers = (Layer * len(layers))(*layers)
+        self.gain, self.to_logits = self._gain(palm.norm), self._panels(palm.to_logits.weight)
+
+    def _layer(self, block: ParallelTransformerBlock, window: int, computed: bool) -> Layer:
+        """A block's weights; of a `computed` one only the way out of its attention."""
+        weights = block.attn_out.weight, block.ff_out[2].weight
+        out = self._panels(weights[0] if computed else torch.cat(weights, dim=-1))
+        into = None if computed else self._panels(block.fused_attn_ff_proj.weight)
+        return Layer(self._gain(block.norm), into, out, block.rotates, window, block.norm.eps)
+
+    def _gain(self, norm: LayerNorm) -> int:
+        return self._address(norm.gamma.detach() + 1)
+
+    def _panels(self, weight: Tensor) -> int:
+        """A weight (o, i) in panels of WIDE outputs, each (i, WIDE)."""
+        (outputs, inputs), weight = weight.shape, weight.detach().contiguous()
+        panels = huge_pages.empty(-(-outputs // WIDE), inputs, WIDE)
+        library("decode").pack(
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_int64(outputs),
+            ctypes.c_int64(inputs),
+            ctypes.c_void_p(panels.data_ptr()),
+        )
+        return self._address(panels)
+
+    def _address(self, t: Tensor) -> int:
+        self.kept.append(t)
+        return t.data_ptr()
+
+    def _logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        palm, block, rows = self.palm, self.palm.layers[0].fn, len(tokens)
+        check_room(cache)
+        attn, kv, _, both = block.fused_dims
+        inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
+        turns, lengths = self._turns(cache), cache.lengths.contiguous()
+        heads, d = turns.cos.shape[-2:]
+        room = rows * (palm.dim + max(palm.dim, attn + both // 2) + attn + 2 * kv + both)
+        if self.room.numel() < room:
+            self.room = torch.empty(room)
+        logits = torch.empty(rows, palm.num_tokens)
+        widths = palm.dim, palm.heads, palm.kv_heads, d, both // 2, palm.num_tokens
+        strides = cache.memory.stride(0), heads * d, d if heads > 1 else 0
+        step = Step(rows, *widths, len(palm.layers), cache.max_len, *strides)
+        step.layers, step.tokens = ctypes.addressof(self.layers), inputs.data_ptr()
+        step.computed = self.computed is not None
+        step.lengths, step.cos, step.sin = lengths.data_ptr(), turns.cos.data_ptr(), turns.sin.data_ptr()
+        step.memory, step.gain, step.to_logits = cache.memory.data_ptr(), self.gain, self.to_logits
+        step.eps, step.room, step.logits = palm.norm.eps, self.room.data_ptr(), logits.data_ptr()
+        library("decode").step(ctypes.byref(step))
+        return logits
+
+
+def check_room(cache: KVCache) -> None:
+    """Refuse what would be written behind, or as something else."""
+    if cache.filled >= cache.max_len:
+        raise ValueError(f"the cache's {cache.max_len} positions are taken: reserve(1) makes room for another")
+    if cache.memory.dtype != torch.float32:
+        raise TypeError(f"a native step is in float32, but the cache is in {cache.memory.dtype}")
+
+
+@torch.no_grad()
+def first_layer(palm: PaLM) -> Tensor:
+    """Of every token what the first layer computes before its attention, and what goes on beside that: queries, keys
+    and values as they are not yet turned, then embedding + feedforward. (v, qkv + dim)
+    """
+    block, embeds = palm.layers[0].fn, palm.token_emb.weight
+    qkv, ff = block._project(block.norm(embeds), None)
+    return torch.cat((qkv, embeds + ff), dim=-1)
+
+
+def packed_step(palm: PaLM, rows: int, steps: int) -> PackedStep:
+    """The fastest way to decode `rows` rows some steps on a CPU."""
+    return NativeStep(palm, rows, steps) if NativeStep.fits(palm) else PackedStep(palm, rows)

@@ -1,0 +1,178 @@
+"""A decoding step in C++ is the one in torch's operations, row by row."""
+
+import pytest
+import torch
+
+from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.native_step import NativeStep, packed_step
+from palm_rlhf_pytorch.packed_step import PackedStep
+from palm_rlhf_pytorch.palm import PaLM
+
+pytestmark = pytest.mark.skipif(library("decode") is None, reason="there is no C++ compiler to be found")
+
+KINDS = {
+    "xpos": {},
+    "no xpos": {"use_xpos": False},
+    "two heads a key": {"kv_heads": 4, "use_xpos": False},
+    "nine heads a key": {"heads": 9},
+    "a key each": {"kv_heads": 8},
+    "wide heads": {"dim_head": 48, "heads": 2},
+    "a feedforward that is no multiple of anything": {"ff_inner_dim": 523},
+    "widths that are no multiple of anything": {"num_tokens": 53, "dim": 37, "norm_eps": 0.1},
+    "window": {"sliding_window": 3},
+    "window, a layer that sees everything and turns nothing": {
+        "sliding_window": 5,
+        "global_layers": [1],
+        "kv_heads": 2,
+    },
+}
+
+
+def new_palm(**keywords):
+    torch.manual_seed(0)
+    palm = PaLM(**{"num_tokens": 50, "dim": 32, "depth": 3, "heads": 8, "dim_head": 16, **keywords}).eval()
+    for parameter in palm.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return palm
+
+
+def beforehand(palm, rows):
+    """With the first layer computed before the first step."""
+    return NativeStep(palm, rows, steps=10**6)
+
+
+def logits(palm, make_step, lengths, steps=3, room=64):
+    """Of some steps after prompts of these lengths, and the cache they leave."""
+    rows = len(lengths)
+    ids = torch.arange(rows * 40).view(rows, 40) % 50
+    cache = palm.new_cache(rows + 1, room)
+    cache.clear(0)
+    part = cache.admit(rows, max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    palm(ids[:, : max(lengths)], mask=mask, cache=part, return_only_embedding=True)
+    cache.join(part)
+    step, found = make_step(palm, rows), []
+    for i in range(steps):
+        cache.reserve(1)
+        found.append(step((torch.arange(rows) + i) % 50, cache))
+        cache.advance(1, 1)
+    return torch.stack(found), cache.memory[:, :rows]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+@pytest.mark.parametrize("lengths", [[1], [9, 2], [3, 30, 17, 1, 8]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_is_torch(kind, lengths, make_step):
+    palm = new_palm(**KINDS[kind])
+    (ours, kept), (theirs, expected) = (logits(palm, make, lengths) for make in (make_step, PackedStep))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+@pytest.mark.parametrize("rows", [6, 7, 8, 9, 15, 16, 17, 23, 32, 33, 70])
+def test_a_row_is_the_same_bits_whatever_it_comes_with(rows, make_step):
+    palm = new_palm(sliding_window=5)
+
+    def run(make, count):
+        step, cache, found = make(palm, count), palm.new_cache(count, 8), []
+        for i in range(7):
+            found.append(step((torch.arange(count) + i) % 50, cache))
+            cache.advance(1, 1)
+        return torch.stack(found)
+
+    many = run(make_step, rows)
+    assert torch.equal(many[:, :5], run(make_step, 5))
+    torch.testing.assert_close(many, run(PackedStep, rows), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_many_keys_and_a_cache_that_grows():
+    palm = new_palm(dim=16, depth=1)
+    caches, steps = [palm.new_cache(2, 16) for _ in range(2)], [make(palm, 2) for make in (NativeStep, PackedStep)]
+    for i in range(320):
+        tokens, found = torch.tensor([i % 50, (3 * i) % 50]), []
+        for step, cache in zip(steps, caches, strict=True):
+            cache.reserve(1)
+            found.append(step(tokens, cache))
+            cache.advance(1, 1)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_far_apart_and_large():
+    palm = new_palm(depth=1)
+    palm.layers[0].fn.fused_attn_ff_proj.weight.mul_(8)
+    (ours, _), (theirs, _) = (logits(palm, make, [20, 5]) for make in (NativeStep, PackedStep))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_nothing_is_written_behind_the_cache_nor_read_beside_the_vocabulary():
+    palm = new_palm()
+    step, cache = NativeStep(palm, 2), palm.new_cache(2, 3)
+    with pytest.raises(ValueError, match="2 rows, but there are 1 tokens"):
+        step(torch.tensor([1]), cache)
+    with pytest.raises(IndexError):
+        step(torch.tensor([1, 50]), cache)
+    for _ in range(3):
+        step(torch.tensor([1, 2]), cache)
+        cache.advance(1, 1)
+    with pytest.raises(ValueError, match="3 positions are taken"):
+        step(torch.tensor([1, 2]), cache)
+    cache = palm.new_cache(2, 3)
+    cache.memory = cache.memory.bfloat16()
+    with pytest.raises(TypeError, match="bfloat16"):
+        step(torch.tensor([1, 2]), cache)
+
+
+@torch.no_grad()
+def test_logits_are_scaled_and_rows_may_be_a_part_of_the_memory():
+    palm = new_palm(logit_scale=0.5)
+    whole = palm.new_cache(5, 8)
+    whole.clear(2)
+    part = whole.admit(3, 8)
+    found = NativeStep(palm, 3)(torch.tensor([1, 2, 3]), part)
+    expected = PackedStep(palm, 3)(torch.tensor([1, 2, 3]), palm.new_cache(3, 8))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keywords", [{"qk_rmsnorm": True}, {"qk_layernorm": True}, {"dim_head": 8}])
+def test_what_the_step_does_not_know_is_done_in_torch(keywords):
+    assert type(packed_step(new_palm(**keywords), 2, 10)) is PackedStep
+
+
+def test_without_a_compiler(monkeypatch):
+    assert type(packed_step(new_palm(), 2, 10)) is NativeStep
+    monkeypatch.setattr("palm_rlhf_pytorch.native_step.library", lambda name: None)
+    assert type(packed_step(new_palm(), 2, 10)) is PackedStep
+
+
+def test_the_first_layer_is_computed_beforehand_where_tokens_enough_are_drawn():
+    palm = new_palm()  # 50 tokens
+    steps = [NativeStep(palm, rows, steps) for rows in (1, 20) for steps in (4, 9)]
+    assert [step.computed is not None for step in steps] == [False, True, False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+def test_weights_that_change_are_laid_out_again(make_step):
+    palm = new_palm()
+    step, tokens = make_step(palm, 2), torch.tensor([1, 2])
+    step(tokens, palm.new_cache(2, 3))
+    for parameter in palm.parameters():
+        parameter.mul_(1.1)
+    expected = PackedStep(palm, 2)(tokens, palm.new_cache(2, 3))
+    torch.testing.assert_close(step(tokens, palm.new_cache(2, 3)), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+def test_broken_weights_are_not_hidden(make_step):
+    palm = new_palm(depth=1)
+    palm.token_emb.weight[3].fill_(torch.nan)
+    found, _ = logits(palm, make_step, [2, 2], steps=4)
+    assert found[3, 0].isnan().all()  # token 3 is the fourth of the first row
