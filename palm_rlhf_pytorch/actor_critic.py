@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from palm_rlhf_pytorch.actor import Actor, adapt, made_causal, trained
 from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM
+from palm_rlhf_pytorch.ops import scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.precision import UnroundedLinear
 from palm_rlhf_pytorch.utils import eval_decorator
@@ -91,20 +92,31 @@ class ActorCritic(Actor):
         head = [] if self.value_head is None else list(self.value_head.parameters())
         return [*trained(self.critic_palm, self.critic_lora_scope), *head]
 
-    def values(self, sequence: Tensor, mask: Tensor | None = None) -> Tensor:
+    def values(self, sequence: Tensor, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """Values of the prefixes sequence[:, : t + 1] at [:, t]: (b, n), or (b, n, bins) with several outputs.
 
         mask (b, n): the positions that pooled values average, or that an implicit critic adds up. A value never
-        sees what comes after its position.
+        sees what comes after its position. places (b, n): those whose values are wanted; at others there is 0.
         """
         if self.implicit_critic is not None:
             rewards = F.pad(self.implicit_critic(sequence), (1, 0))
-            return (rewards if mask is None else rewards * mask).cumsum(dim=-1)
-        embeds = self.critic_palm(sequence, return_only_embedding=True, finetune_scope=self.critic_lora_scope)
-        if self.pooled_values:
-            embeds = running_mean(embeds, mask)
-        values = self.value_head(embeds)
+            values = (rewards if mask is None else rewards * mask).cumsum(dim=-1)
+            return values if places is None else values.masked_fill(~places, 0.0)
+        values = self.value_head(self._judged(sequence, mask, places))
+        values = values if places is None else scatter_to_mask(values, places)
         return values.squeeze(-1) if self.value_dim == 1 else values
+
+    def _judged(self, sequence: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
+        """What the value head reads off, (b, n, d), or at m places (m, d)."""
+        keywords = {"return_only_embedding": True, "finetune_scope": self.critic_lora_scope}
+        if not self.pooled_values:
+            return self.critic_palm(sequence, places=places, **keywords)
+        if places is None:
+            return running_mean(self.critic_palm(sequence, **keywords), mask)
+        ahead = places.flip(-1).cumsum(dim=-1).flip(-1) > 0  # what a wanted mean is of lies before it
+        needed = places | (ahead if mask is None else ahead & mask)
+        embeds = scatter_to_mask(self.critic_palm(sequence, places=needed, **keywords), needed)
+        return running_mean(embeds, mask)[places]
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_values: bool = True

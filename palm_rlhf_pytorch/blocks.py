@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.attention import Attention
 from palm_rlhf_pytorch.lora import LoRA, LoraOptions, side_by_side
+from palm_rlhf_pytorch.places import Places
 from palm_rlhf_pytorch.precision import Unrounded, at_least_float32
-from palm_rlhf_pytorch.products import Linear
+from palm_rlhf_pytorch.products import Linear, linear
 from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
@@ -45,7 +46,9 @@ class Residual(nn.Module):
         super().__init__()
         self.fn = fn
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, places: Places | None = None, **kwargs) -> Tensor:
+        if places is not None:
+            return places.of(x) + self.fn.at(places, x, *args, **kwargs)
         return x + self.fn(x, *args, **kwargs)
 
 
@@ -150,12 +153,45 @@ class ParallelTransformerBlock(nn.Module):
         v = rearrange(v, "b n (h d) -> b h n d", h=self.kv_heads)
         if remember is not None:
             k, v = remember(k, v)
-
         out = rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)")
-        attended = self.attn_out(out)
-        if finetune_modules is not None:
-            attended = attended + finetune_modules[3](out)
-        return attended + ff
+        return self._way_out(out, finetune_modules) + ff
+
+    def at(
+        self,
+        places: Places,
+        x: Tensor,
+        mask: Tensor | None = None,
+        finetune_modules: Sequence[LoRA] | None = None,
+        *,
+        rotation: HeadsRotation,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """What `forward` gives at m places (m, d): keys and values are those of all, the rest of these alone. mask:
+        (b, j) for keys only where that is the whole truth.
+        """
+        columns, inside = places.columns, places.within_columns()
+        normed = self.norm(x)
+        q, kv, ff = self._project_apart(places.of(normed), normed, finetune_modules)
+        q = rearrange(q, "m (h d) -> m h d", h=self.heads)
+        k, v = rearrange(kv, "b n (two h d) -> two b n h d", two=2, h=self.kv_heads)
+        queries, keys = slice(0, self.heads), slice(self.heads, None)
+        q, k = inside.spread(self._normed(q, queries)), self._normed(k, keys)
+        if self.rotates:
+            q, k = rotation.some(queries, columns).rotate(q), rotation.some(keys).rotate(k)
+        q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
+        if remember is not None:
+            k, v = remember(k, v)
+        if mask is None and self.attend.causal:
+            k, v = k[:, :, : columns.stop], v[:, :, : columns.stop]  # the queries are the last of these
+        elif mask is not None and mask.ndim == 4:
+            mask = mask[:, :, columns]
+        out = inside.of(rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)"))
+        return self._way_out(out, finetune_modules) + ff
+
+    def _way_out(self, attended: Tensor, lora: Sequence[LoRA] | None) -> Tensor:
+        """What the heads give, side by side (..., h d) -> (..., dim)."""
+        out = self.attn_out(attended)
+        return out if lora is None else out + lora[3](attended)
 
     @property
     def drops(self) -> bool:
@@ -169,12 +205,12 @@ class ParallelTransformerBlock(nn.Module):
             return torch.cat((self.q_norm.gamma, self.k_norm.gamma)) + 1
         return torch.cat((self.q_scale.expand(self.heads, -1), self.k_scale.expand(self.kv_heads, -1)))
 
-    def _normed(self, qk: Tensor) -> Tensor:
-        """Queries and keys (b, n, heads + kv_heads, d), normalised where that is asked for."""
+    def _normed(self, qk: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Queries and keys (..., heads + kv_heads, d), or those of some heads, normalised where that is asked for."""
         if self.qk_layernorm:  # in the gains' precision, and rounded once
-            gains = self.heads_gains
+            gains = self.heads_gains[heads]
             return (F.layer_norm(qk.to(gains.dtype), qk.shape[-1:], eps=self.norm.eps) * gains).to(qk.dtype)
-        return F.normalize(qk, dim=-1) * self.heads_gains if self.qk_rmsnorm else qk
+        return F.normalize(qk, dim=-1) * self.heads_gains[heads] if self.qk_rmsnorm else qk
 
     def _project(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
         """x, normed (..., d) -> queries, keys and values side by side, and what the feedforward gives (..., d)."""
@@ -190,6 +226,21 @@ class ParallelTransformerBlock(nn.Module):
             *lora_qkv, _ = lora
             qkv = qkv + side_by_side(lora_qkv, x)
         return qkv, ff
+
+    def _project_apart(
+        self, x: Tensor, everywhere: Tensor, lora: Sequence[LoRA] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (m, d) and what it is some of (b, n, d), both normed -> queries of x, keys and values side by side of all,
+        and what the feedforward gives of x (m, d).
+        """
+        into, before, width = self.fused_attn_ff_proj.weight, self.fused_dims[0], sum(self.fused_dims[1:3])
+        if self.drops or (lora is not None and len(lora) > 4):
+            qkv, ff = self._project(x, lora)
+            q, kv = qkv[:, :before], linear(everywhere, into.narrow(0, before, width))
+        else:
+            q, ff, kv = project_swiglu(x, into, self.ff_out[2].weight, everywhere, width)
+            q = q if lora is None else q + lora[0](x)
+        return q, kv if lora is None else kv + side_by_side(lora[1:3], everywhere), ff
 
     def _project_adapted(self, x: Tensor, lora: Sequence[LoRA]) -> tuple[Tensor, Tensor]:
         """The same with adapters within the feedforward, where the fused function has no room for them."""

@@ -177,9 +177,8 @@ class Rows:
                 ids = self.prompts[rows[group], :n].masked_fill(~real, -1)
                 first, copy_of = first_of_copies(ids)
                 once = part if len(first) == len(group) else cache.admit(len(first), n)
-                self.model(
-                    ids[first].clamp(min=0), mask=real[first], cache=once, return_only_embedding=True, **forward_kwargs
-                )
+                wanted = {"return_only_embedding": True, "places": torch.zeros_like(real[first])}  # the cache alone
+                self.model(ids[first].clamp(min=0), mask=real[first], cache=once, **wanted, **forward_kwargs)
                 part.repeat(once, copy_of)
             cache.join(part)
         self.rows, self.last = torch.cat((self.rows, rows)), torch.cat((self.last, self.limits[rows] - 1))

@@ -57,8 +57,8 @@ class ImplicitPRM(nn.Module):
         real = seq >= 0
         valid = real[:, 1:] & real[:, :-1]
         mask = real if has_token_after_padding(real) else None
-        embeds = palm(seq, mask=mask, return_only_embedding=True)[:, :-1]
-        log_probs, _ = linear_log_probs(embeds[valid], palm.to_logits.weight, seq[:, 1:][valid], palm.logit_scale)
+        embeds = palm(seq, mask=mask, return_only_embedding=True, places=F.pad(valid, (0, 1)))
+        log_probs, _ = linear_log_probs(embeds, palm.to_logits.weight, seq[:, 1:][valid], palm.logit_scale)
         return scatter_to_mask(log_probs, valid)
 
     @torch.no_grad()

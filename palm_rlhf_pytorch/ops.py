@@ -91,6 +91,9 @@ def _by_group(group_ids: Tensor) -> tuple[Tensor, int]:
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
     """Values (m, ...) laid back at the m True places of `mask` (b, n), 0 elsewhere -> (b, n, ...)."""
     zeros = torch.zeros(*mask.shape, *values.shape[1:], dtype=values.dtype, device=values.device)
+    if values.ndim > 1 and values.device.type == "cpu" and not torch.compiler.is_compiling():
+        where = mask.flatten().nonzero().squeeze(-1)  # vectors as wholes: what follows goes number by number
+        return zeros.flatten(0, 1).index_copy(0, where, values).view_as(zeros)
     return zeros.masked_scatter(mask.reshape(*mask.shape, *(1,) * (values.ndim - 1)), values)
 
 

@@ -22,8 +22,9 @@ from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, 
 from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
 from palm_rlhf_pytorch.packed_step import hooked
+from palm_rlhf_pytorch.places import Places, worth_it
 from palm_rlhf_pytorch.pretrained import PretrainedMixin
-from palm_rlhf_pytorch.products import Linear
+from palm_rlhf_pytorch.products import Linear, only_computed
 from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens, repeated_tokens
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
 from palm_rlhf_pytorch.utils import eval_decorator, top_k
@@ -282,6 +283,7 @@ class PaLM(PretrainedMixin, nn.Module):
         mask: Tensor | None = None,
         cache: Memory | None = None,
         segment_ids: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
 
@@ -293,7 +295,12 @@ class PaLM(PretrainedMixin, nn.Module):
         segment_ids (b, n) number the documents of packed rows, from 0: attention and loss stay inside each, as if it
         stood alone. They make one mask (b, 1, n, n) for all layers; `flex_attention`, which could skip what is masked,
         would pay on a GPU alone, and there in rows of thousands of tokens.
+
+        places (b, n) bool, with return_only_embedding: only embeddings at its m True places are wanted, (m, d) in the
+        order of the mask. The last layer is not computed elsewhere, but for its keys and values.
         """
+        if places is not None:
+            check_places(places, x, return_only_embedding)
         if segment_ids is not None and cache is not None:
             raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:
@@ -315,14 +322,15 @@ class PaLM(PretrainedMixin, nn.Module):
         if extra_embed is not None:
             embeds = embeds + extra_embed.to(embeds.dtype)
         repeated = repeated_tokens(ids) if extra_embed is None and self._begins_by_token() else None
+        apart = self._apart(places, repeated)
         if cache is None:
-            embeds = self._layers(embeds, mask, lora, repeated)
+            embeds = self._layers(embeds, mask, lora, repeated, apart)
         else:
-            embeds = self._cached(embeds, mask, lora, cache, repeated)
+            embeds = self._cached(embeds, mask, lora, cache, repeated, apart)
         embeds = self.norm(embeds)
 
         if return_only_embedding:
-            return embeds
+            return embeds if places is None or apart is not None else embeds[places]
         if return_loss and not return_logits_with_embedding:
             embeds, labels = rearrange(embeds, "b n d -> (b n) d"), labels.reshape(-1)
             ignored = self.cross_entropy_ignore_index
@@ -338,8 +346,26 @@ class PaLM(PretrainedMixin, nn.Module):
         made = type(self.token_emb) is nn.Embedding and type(first) is ParallelTransformerBlock
         return made and not first.drops and not hooked(self.token_emb) and not hooked(self.layers[0])
 
+    def _apart(self, wanted: Tensor | None, repeated: RepeatedTokens | None) -> Places | None:
+        """The True places of wanted (b, n), where the last layer and the norm can be computed there alone: both as they
+        were made, for others and hooks may look at every place. A layer that is the first as well reads each token
+        once instead.
+        """
+        last = self.layers[-1]
+        if wanted is None or (repeated is not None and last is self.layers[0]):
+            return None
+        made = type(last) is Residual and type(last.fn) is ParallelTransformerBlock and type(self.norm) is LayerNorm
+        if not made or hooked(last) or hooked(self.norm) or not only_computed(*last.parameters()):
+            return None
+        return worth_it(wanted)
+
     def _layers(
-        self, x: Tensor, mask: Tensor | None, lora: nn.ModuleList | None, repeated: RepeatedTokens | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        lora: nn.ModuleList | None,
+        repeated: RepeatedTokens | None,
+        places: Places | None,
     ) -> Tensor:
         n = x.shape[1]
         rotation = self.rotary_emb(n).over(self.heads, self.kv_heads)
@@ -352,9 +378,13 @@ class PaLM(PretrainedMixin, nn.Module):
         for i, layer in enumerate(self.layers):
             visible = near if self.windowed[i] else mask
             own = lora[i] if lora is not None else None
-            once = {} if repeated is None or i > 0 else {"repeated": repeated}
-            x = self._run(layer, x, visible, own, rotation=rotation, **once)
+            x = self._run(layer, x, visible, own, rotation=rotation, **self._alone(i, repeated, places))
         return x
+
+    def _alone(self, i: int, repeated: RepeatedTokens | None, places: Places | None) -> dict[str, Any]:
+        """What layer i alone is told: the first, where tokens are the same; the last, which places are wanted."""
+        told = {} if repeated is None or i > 0 else {"repeated": repeated}
+        return told if places is None or i < len(self.layers) - 1 else {**told, "places": places}
 
     def _run(self, layer: nn.Module, *args: Any, recomputable: bool = True, **kwargs: Any) -> Tensor:
         """A layer, which is computed again for the backward pass where that is wanted."""
@@ -373,12 +403,13 @@ class PaLM(PretrainedMixin, nn.Module):
         lora: nn.ModuleList | None,
         cache: Memory,
         repeated: RepeatedTokens | None,
+        places: Places | None,
     ) -> Tensor:
         if not self.causal:
             raise ValueError("an encoder (causal=False) sees the future and cannot use a key/value cache")
         n = x.shape[1]
         cache.reserve(n)
-        x = self._after(x, lora, cache, first=cache.filled == 0, repeated=repeated)
+        x = self._after(x, lora, cache, first=cache.filled == 0, repeated=repeated, places=places)
         cache.advance(n if mask is None else mask.sum(dim=-1), n)
         return x
 
@@ -389,6 +420,7 @@ class PaLM(PretrainedMixin, nn.Module):
         cache: Memory,
         first: bool = False,
         repeated: RepeatedTokens | None = None,
+        places: Places | None = None,
     ) -> Tensor:
         """The layers on x (b, n, d), which follows what is cached; their keys and values are stored."""
         n = x.shape[1]
@@ -408,9 +440,8 @@ class PaLM(PretrainedMixin, nn.Module):
             visible = near if self.windowed[i] else far
             remember = partial(cache.extend, i, positions=positions, first=first)
             own = lora[i] if lora is not None else None
-            once = {} if repeated is None or i > 0 else {"repeated": repeated}
             keywords = {"rotation": rotation, "remember": remember, "recomputable": cache.recomputable}
-            x = self._run(layer, x, visible, own, **keywords, **once)
+            x = self._run(layer, x, visible, own, **keywords, **self._alone(i, repeated, places))
         return x
 
     def next_logits(
@@ -541,6 +572,14 @@ def next_tokens(x: Tensor, mask: Tensor | None, segment_ids: Tensor | None, igno
     if segment_ids is not None:
         counted = counted & (segment_ids[:, 1:] == segment_ids[:, :-1])
     return x[:, 1:].masked_fill(~counted, ignored)
+
+
+def check_places(places: Tensor, x: Tensor, return_only_embedding: bool) -> None:
+    if not return_only_embedding:
+        raise ValueError("places choose among final embeddings: they go with return_only_embedding=True")
+    if places.shape != x.shape or places.dtype != torch.bool:
+        got = f"{places.dtype} of shape {tuple(places.shape)}"
+        raise ValueError(f"places are bool, one for each of the ids {tuple(x.shape)}, got {got}")
 
 
 def check_sizes(heads: int, kv_heads: int, dim_head: int, **sizes: int) -> None:

@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.checkpoint import load_weights, read_config, save_weights
-from palm_rlhf_pytorch.ops import has_token_after_padding, lengths_to_mask, masked_mean
+from palm_rlhf_pytorch.ops import has_token_after_padding, lengths_to_mask, masked_mean, scatter_to_mask
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.precision import Unrounded, UnroundedLinear
 from palm_rlhf_pytorch.pretrained import PretrainedReward
@@ -129,22 +129,29 @@ class RewardModel(PretrainedReward, Unrounded):
 
         Ids below 0 are padding, seen by no other token.
         """
-        return self.to_pred(masked_mean(self._embeds(x, prompt_mask, disable_lora), mask, dim=1))
+        pooled = None if mask is None else mask.expand_as(x)
+        return self.to_pred(masked_mean(self._embeds(x, prompt_mask, pooled, disable_lora), pooled, dim=1))
 
-    def _embeds(self, x: Tensor, prompt_mask: Tensor | None, disable_lora: bool = False) -> Tensor:
-        """Embeddings (b, n, d) of x, its prompt and response told apart where there is a prompt_mask."""
+    def _embeds(
+        self, x: Tensor, prompt_mask: Tensor | None, pooled: Tensor | None = None, disable_lora: bool = False
+    ) -> Tensor:
+        """Embeddings (b, n, d) of x, its prompt and response told apart where there is a prompt_mask; 0 outside of
+        pooled (b, n) where that is given.
+        """
         real = x >= 0
         extra_embed = None
         if prompt_mask is not None:
             extra_embed = torch.where(rearrange(prompt_mask, "b n -> b n 1"), self.prompt_embed, self.response_embed)
-        return self.palm(
+        embeds = self.palm(
             x,
+            places=pooled,
             extra_embed=extra_embed,
             return_only_embedding=True,
             disable_lora=disable_lora,
             finetune_scope=self.reward_lora_scope,
             mask=real if torch.compiler.is_compiling() or has_token_after_padding(real) else None,  # no look in a graph
         )
+        return embeds if pooled is None else scatter_to_mask(embeds, pooled)
 
     def rate(self, x: Tensor, prompt_mask: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rating (b,) of each response, differentiable: the expected one where ratings are binned.
@@ -176,9 +183,9 @@ class RewardModel(PretrainedReward, Unrounded):
         if not self.palm.causal:
             raise ValueError("scores of prefixes need a causal reward model, got an encoder: it sees what is to come")
         mask = x >= 0 if mask is None else mask
-        embeds, pooled = self._embeds(x.masked_fill(~mask, -1), prompt_mask), (mask & ~prompt_mask)[..., None]
-        totals = embeds.masked_fill(~pooled, 0.0).float().cumsum(dim=1)
-        means = totals / pooled.cumsum(dim=1).clamp(min=1)
+        pooled = mask & ~prompt_mask
+        totals = self._embeds(x.masked_fill(~mask, -1), prompt_mask, pooled).float().cumsum(dim=1)
+        means = totals / pooled.cumsum(dim=1).clamp(min=1)[..., None]
         return self._rating(self.to_pred(means))
 
     def pair_loss(

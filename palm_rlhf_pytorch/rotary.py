@@ -51,6 +51,12 @@ class HeadsRotation:
         """qk (b, n, heads + kv_heads, d), turned."""
         return torch.addcmul(qk * self.cos, qk.roll(qk.shape[-1] // 2, dims=-1), self.sin).to(qk.dtype)
 
+    def some(self, heads: slice, positions: slice = slice(None)) -> HeadsRotation:
+        """What turns some of the heads, at some of the positions."""
+        if self.cos.shape[-2] == 1:
+            heads = slice(None)
+        return HeadsRotation(self.cos[..., positions, heads, :], self.sin[..., positions, heads, :])
+
 
 def signed(sin: Tensor) -> Tensor:
     first, second = sin.chunk(2, dim=-1)

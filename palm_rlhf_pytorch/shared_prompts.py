@@ -23,8 +23,8 @@ def predicting_embeds(
         return shared.embeds(palm, scope)
     if segment_ids is not None:
         segment_ids = segment_ids[:, :-1]
-    embeds = palm(sequence[:, :-1], return_only_embedding=True, finetune_scope=scope, segment_ids=segment_ids)
-    return embeds[response_mask[:, 1:]]
+    keywords = {"finetune_scope": scope, "segment_ids": segment_ids, "places": response_mask[:, 1:]}
+    return palm(sequence[:, :-1], return_only_embedding=True, **keywords)
 
 
 def may_share(palm: PaLM) -> bool:
@@ -54,14 +54,15 @@ class SharedPrompts:
         pair = 4 * palm.heads * palm.dim_head / sum(w.numel() for w in palm.layers[0].parameters() if w.ndim == 2)
         whole = b * (n - 1) * (1 + pair * (n - 1) / 2)
         once, behind = u * p * (1 + pair * p / 2), b * r * (1 + pair * (p + r))  # a mask hides no work from a kernel
-        return once + behind + LEAST_TOKENS.get(sequence.device.type, 4096) < whole
+        but_the_last = 1 - 1 / len(palm.layers)  # of the layers: there, prompts are hardly computed either way
+        return LEAST_TOKENS.get(sequence.device.type, 4096) < (whole - once - behind) * but_the_last
 
     def embeds(self, palm: PaLM, scope: str | None = None) -> Tensor:
         """As `predicting_embeds`."""
         keywords = {"return_only_embedding": True, "finetune_scope": scope}
         first = PromptPass(self)
-        palm(self.prompts, cache=first, **keywords)
-        return palm(self.rest, cache=ResponsePass(self, first.hand_over()), **keywords)[self.predicts]
+        palm(self.prompts, cache=first, places=torch.zeros_like(self.prompts, dtype=torch.bool), **keywords)
+        return palm(self.rest, cache=ResponsePass(self, first.hand_over()), places=self.predicts, **keywords)
 
 
 def shared_prompts(sequence: Tensor, response_mask: Tensor) -> SharedPrompts | None:

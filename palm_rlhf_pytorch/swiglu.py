@@ -59,23 +59,43 @@ def in_one_pass(*tensors: Tensor) -> bool:
     return all(outer == inner * size for outer, inner, size in steps) and library("swiglu") is not None
 
 
-def project_swiglu(x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def project_swiglu(
+    x: Tensor, into: Tensor, out: Tensor, besides: Tensor | None = None, width: int = 0
+) -> tuple[Tensor, ...]:
     """One projection for attention and feedforward, and the feedforward's way out.
 
     x (..., d), into (o + 2 f, d), out (d, f) -> x W^T's first o as they are (..., o), and its others through SwiGLU
-    and `out` (..., d).
+    and `out` (..., d). With `besides` (..., d) the last `width` of those o are made of it instead of x: a third result.
     """
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, into, out))
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not only_computed(x, into, out):
-        first, last = split(F.linear(x, into), out)
-        return first, F.linear(swiglu(last), out)
+    given = [t for t in (x, into, out, besides) if t is not None]
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not only_computed(*given):
+        return by_formula(x, into, out, besides, width)
     rows = x.reshape(-1, x.shape[-1])
-    if trained:
-        first, last = ProjectSwiGLU.apply(rows, into, out)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        found = ProjectSwiGLU.apply(rows, into, out, besides, width)
     else:
-        first, last = split(linear(filled_up(rows), into), out)
-        last = linear(swiglu(last), out)
-    return as_rows_of(x, first), as_rows_of(x, last)
+        found = computed(filled_up(rows), into, out, besides, width)
+    return *(as_rows_of(x, t) for t in found[:2]), *found[2:]
+
+
+def by_formula(x: Tensor, into: Tensor, out: Tensor, besides: Tensor | None, width: int) -> tuple[Tensor, ...]:
+    """`project_swiglu` in torch's operations."""
+    first, last = split(F.linear(x, into), out)
+    last = F.linear(swiglu(last), out)
+    if besides is None:
+        return first, last
+    own = first.shape[-1] - width
+    return first[..., :own], last, F.linear(besides, into.narrow(0, own, width))
+
+
+def computed(rows: Tensor, into: Tensor, out: Tensor, besides: Tensor | None, width: int) -> tuple[Tensor, ...]:
+    """`project_swiglu` of rows (m, d), without a graph."""
+    if besides is None:
+        first, last = split(linear(rows, into), out)
+        return first, linear(swiglu(last), out)
+    own, shared, *_ = parts(into, out, width)
+    last = linear(swiglu(linear(rows, into[len(own) + width :])), out)
+    return linear(rows, own), last, linear(besides, shared)
 
 
 def as_rows_of(x: Tensor, rows: Tensor) -> Tensor:
@@ -98,37 +118,48 @@ class ProjectSwiGLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        rows = filled_up(x)
-        first, value, gate = (linear(rows, w) for w in parts(into, out))
-        ctx.save_for_backward(x, into, out, value, gate)
+    def forward(
+        ctx: Any, x: Tensor, into: Tensor, out: Tensor, besides: Tensor | None, width: int
+    ) -> tuple[Tensor, ...]:
+        rows, (own, shared, *both) = filled_up(x), parts(into, out, width)
+        first, value, gate = (linear(rows, w) for w in (own, *both))
+        ctx.save_for_backward(x, into, out, besides, value, gate)
+        ctx.width = width
         last = linear(gated(value, gate), out)
-        return (first, last) if len(rows) == len(x) else (first[: len(x)].clone(), last[: len(x)].clone())
+        if len(rows) > len(x):
+            first, last = first[: len(x)].clone(), last[: len(x)].clone()
+        return (first, last) if besides is None else (first, last, linear(besides, shared))
 
     @staticmethod
-    def backward(ctx: Any, to_first: Tensor, to_last: Tensor) -> tuple[Tensor | None, ...]:
-        x, into, out, value, gate = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, into, out, besides, value, gate = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # second derivatives: the plain formula has them
-            first, last = split(F.linear(x, into), out)
-            outputs = first, F.linear(swiglu(last), out)
-            wanted = [t for t, needed in zip((x, into, out), ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(outputs, wanted, (to_first, to_last), create_graph=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            outputs = by_formula(x, into, out, besides, ctx.width)
+            wanted = [t for t, so in zip((x, into, out, besides), needed, strict=True) if so]
+            found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+            return *(next(found) if so else None for so in needed), None
+        to_first, to_last, *to_shared = gradients
         more = len(value) - len(x)
         if more:
             to_first, to_last = (F.pad(t, (0, 0, 0, more)) for t in (to_first, to_last))
         inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate)
-        gradients = to_first, to_value, to_gate
-        to_x = to_into = to_out = None
-        if ctx.needs_input_grad[0]:
-            to_x = sum_of_products(gradients, parts(into, out))[: len(x)]
-        if ctx.needs_input_grad[1]:
+        own, shared, *both = parts(into, out, ctx.width)
+        to_x = to_into = to_out = to_besides = None
+        if needed[0]:
+            to_x = sum_of_products((to_first, to_value, to_gate), (own, *both))[: len(x)]
+        if needed[1]:
             to_into = torch.empty_like(into)
-            for g, place in zip(gradients, parts(to_into, out), strict=True):
+            of_own, of_shared, *of_both = parts(to_into, out, ctx.width)
+            for g, place in zip((to_first, to_value, to_gate), (of_own, *of_both), strict=True):
                 torch.mm(g[: len(x)].t(), x, out=place)
-        if ctx.needs_input_grad[2]:
+            for g in to_shared:
+                torch.mm(g.flatten(0, -2).t(), besides.flatten(0, -2), out=of_shared)
+        if needed[2]:
             to_out = to_last[: len(x)].t() @ inner[: len(x)]
-        return to_x, to_into, to_out
+        if needed[3]:
+            to_besides = linear(*to_shared, shared.t())
+        return to_x, to_into, to_out, to_besides, None
 
 
 def sum_of_products(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -139,10 +170,10 @@ def sum_of_products(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
     return total
 
 
-def parts(into: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of `into` that make the first, the value and the gate."""
-    width = out.shape[1]
-    return into.split((len(into) - 2 * width, width, width))
+def parts(into: Tensor, out: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The rows of `into` that make the first, its last `width` apart, the value and the gate."""
+    f = out.shape[1]
+    return into.split((len(into) - 2 * f - width, width, f, f))
 
 
 def swiglu_backward(to_inner: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from palm_rlhf_pytorch import swiglu  # noqa: E402
 from palm_rlhf_pytorch.devices import accelerate_keywords  # noqa: E402
 from palm_rlhf_pytorch.palm import PaLM  # noqa: E402
 
@@ -47,3 +48,11 @@ def make(**keywords) -> PaLM:
 @pytest.fixture
 def make_palm() -> Callable[..., PaLM]:
     return make
+
+
+@pytest.fixture
+def feedforward_rows(monkeypatch) -> list[int]:
+    """How many rows each layer's feedforward is computed for, pass after pass."""
+    found, gated = [], swiglu.gated
+    monkeypatch.setattr(swiglu, "gated", lambda v, g: found.append(v.numel() // v.shape[-1]) or gated(v, g))
+    return found

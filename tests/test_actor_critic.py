@@ -143,6 +143,36 @@ def test_values_are_the_head_on_each_prefix(pooled, dim_out, shape):
             torch.testing.assert_close(values[i, t], expected.squeeze() if dim_out == 1 else expected)
 
 
+PLACES = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("dim_out", [1, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_at_some_places(feedforward_rows, pooled, dim_out, masked):
+    actor_critic = tiny_actor_critic(pooled_values=pooled, critic_dim_out=dim_out)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 1, 0, 1]]).bool() if masked else None
+    learned, found = actor_critic.critic_parameters(), []
+    for places in (PLACES, None):
+        values = actor_critic.values(PROMPTS, mask, places)
+        values = values.movedim(-1, 0) * PLACES if dim_out > 1 else values * PLACES
+        found.append((values, torch.autograd.grad(values.sin().sum(), learned)))
+    # a mean is of what lies before its place and the mask holds
+    assert feedforward_rows[1] == (5 if not pooled else 7 if masked else 10) and feedforward_rows[3] == 20
+    (ours, gradients), (theirs, expected) = found
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_values_are_0_at_other_places():
+    for actor_critic in (tiny_actor_critic(critic_dim_out=6), ActorCritic(tiny_palm(), ImplicitPRM(tiny_palm(1)))):
+        shake(actor_critic.critic_parameters())
+        values, some = actor_critic.values(PROMPTS), actor_critic.values(PROMPTS, None, PLACES)
+        torch.testing.assert_close(some[PLACES], values[PLACES])
+        assert values[~PLACES].any() and not some[~PLACES].any()
+
+
 def test_running_mean_by_hand():
     embeds = torch.tensor([[[1.0], [2.0], [4.0], [9.0]]])
     mask = torch.tensor([[False, True, True, False]])

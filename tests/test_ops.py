@@ -37,6 +37,18 @@ def test_whiten_is_over_the_whole_masked_batch_and_padding_is_nothing():
     torch.testing.assert_close(kept[mask], white[mask] + t[mask].mean())
 
 
+def test_scatter_vectors_to_mask():
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    values = torch.arange(6.0).view(3, 2).requires_grad_()
+    laid = ops.scatter_to_mask(values, mask)
+    assert laid.tolist() == [[[0, 1], [0, 0], [2, 3]], [[0, 0], [4, 5], [0, 0]]]
+    (laid * torch.arange(12.0).view(2, 3, 2)).sum().backward()
+    assert values.grad.tolist() == [[0, 1], [4, 5], [8, 9]]
+    compiled = torch.compile(ops.scatter_to_mask, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(values, mask), laid)
+    assert ops.scatter_to_mask(values[:0], torch.zeros_like(mask)).count_nonzero() == 0
+
+
 def test_scatter_to_mask_and_its_gradient():
     mask = torch.tensor([[False, True, True], [True, False, False]])
     values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)

@@ -74,6 +74,18 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((surrogate + squared) / total - 0.5 * entropy, abs=1e-4)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_critic_judges_prefixes_of_response_tokens_alone(feedforward_rows, pooled):
+    actor_critic, ppo, e = tiny_actor_critic(pooled_values=pooled), tiny_ppo(), made_up()
+    values = actor_critic.values(e.sequence, e.response_mask).roll(1, dims=1).masked_fill(~e.response_mask, 0.0)
+    feedforward_rows.clear()
+    judged = ppo.judge(actor_critic, e)
+    torch.testing.assert_close(judged.values, values)
+    ppo.critic_loss(actor_critic, ppo.target(judged))
+    whole, some = e.sequence.numel(), int(e.response_mask.sum())
+    assert feedforward_rows == [whole, some] * 2
+
+
 def test_the_kl_penalty_is_in_what_is_learned():
     e = made_up()
     with_kl, without = (tiny_ppo(kl=beta, whiten_advantages=False).target(e) for beta in (0.5, 0.0))

@@ -144,6 +144,19 @@ def test_forward_pools_the_mask_or_everything(make_reward, causal, bins):
     torch.testing.assert_close(model(X, mask=REAL, prompt_mask=PROMPT, labels=labels), expected)
 
 
+@BOTH_TRUNKS
+def test_only_what_is_pooled_is_computed(make_reward, feedforward_rows, causal):
+    model = make_reward(causal).eval()
+    pooled = REAL & ~PROMPT
+    pooled[1] = False  # where there is nothing to pool, the head judges 0
+    pred = model.predict(X, pooled, PROMPT)
+    assert feedforward_rows == [X.numel(), pooled.sum()]
+    torch.testing.assert_close(pred[1], model.to_pred(torch.zeros(1, model.palm.dim))[0])
+    model.prefix_scores(X, PROMPT, REAL) if causal else model.score(X, PROMPT, REAL)
+    assert feedforward_rows[2:] == [X.numel(), (REAL & ~PROMPT).sum()]
+    torch.testing.assert_close(model.predict(X, REAL[:1]), model.predict(X, REAL[:1].expand_as(X)))
+
+
 def test_forward_without_prompt_adds_no_embedding(make_reward):
     model = make_reward().eval()
     embeds = model.palm(X, return_only_embedding=True, finetune_scope="reward")

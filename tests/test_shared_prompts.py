@@ -150,9 +150,10 @@ def same_prompts(b: int, p: int, r: int, ragged: bool = False):
 )
 def test_where_it_pays(shape, dim, pays, monkeypatch):
     monkeypatch.undo()
-    palm = PaLM(num_tokens=12, dim=dim, depth=1, heads=max(1, dim // 64), dim_head=min(dim, 64))
+    keywords = {"num_tokens": 12, "dim": dim, "heads": max(1, dim // 64), "dim_head": min(dim, 64)}
     sequence, mask = same_prompts(*shape)
-    assert shared_prompts.shared_prompts(sequence, mask).pays(palm, sequence) is pays
+    for depth, so in ((4, pays), (1, False)):  # the last layer is computed behind the prompts alone either way
+        assert shared_prompts.shared_prompts(sequence, mask).pays(PaLM(depth=depth, **keywords), sequence) is so
 
 
 def test_not_with_dropout():

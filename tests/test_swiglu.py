@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf_pytorch import swiglu
+from palm_rlhf_pytorch import products, swiglu
 from palm_rlhf_pytorch.swiglu import ProjectSwiGLU, SwiGLU, project_swiglu
 
 
@@ -113,8 +113,31 @@ def test_an_output_that_is_not_used():
 
 def test_second_derivatives():
     inputs = [torch.randn(*sizes, dtype=torch.float64, requires_grad=True) for sizes in ((3, 4), (8, 4), (4, 3))]
-    assert torch.autograd.gradcheck(ProjectSwiGLU.apply, inputs)
-    assert torch.autograd.gradgradcheck(ProjectSwiGLU.apply, inputs)
+    besides = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    for more in ((None, 0), (besides, 1)):
+        assert torch.autograd.gradcheck(ProjectSwiGLU.apply, (*inputs, *more))
+        assert torch.autograd.gradgradcheck(ProjectSwiGLU.apply, (*inputs, *more))
+
+
+@pytest.mark.parametrize("m", [5, 0, 125])
+@pytest.mark.parametrize("trained", range(16))
+def test_besides(monkeypatch, trained, m):
+    """Some of what is projected is made of other rows."""
+    monkeypatch.setattr(products, "SMALL", 0)
+    inputs = [torch.randn(m, 6), torch.randn(14, 6), torch.randn(6, 5), torch.randn(2, 64, 6)]
+    inputs = [t.requires_grad_(bool(trained >> i & 1)) for i, t in enumerate(inputs)]
+    x, into, out, besides = inputs
+    first, last = plain(x, into, out)
+    theirs = first[:, :1], last, besides @ into[1:4].t()
+    ours = project_swiglu(x, into, out, besides, 3)
+    assert len(ours) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    learned = [t for t in inputs if t.requires_grad]
+    if learned:
+        ours, theirs = (sum((t * t).sum() for t in outputs) for outputs in (ours, theirs))
+        for a, b in zip(torch.autograd.grad(ours, learned), torch.autograd.grad(theirs, learned), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_takes_the_plain_way():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf_pytorch.actor_critic import ActorCritic
@@ -61,9 +62,12 @@ class PPO(PolicyGradient):
         return [*super().parameter_groups(actor), critic]
 
     def prefix_values(self, actor_critic: ActorCritic, experience: Experience) -> Tensor:
-        """The head's output for the prefix before each token, (b, n) or (b, n, bins): V_t never sees token t."""
-        values = actor_critic.values(experience.sequence, experience.response_mask)
-        return values.roll(1, dims=1)  # what lands at 0 is never in a response
+        """The head's output for the prefix before each response token, (b, n) or (b, n, bins): V_t never sees token t.
+        At other tokens it is 0.
+        """
+        mask = experience.response_mask
+        before = F.pad(mask[:, 1:], (0, 1))
+        return actor_critic.values(experience.sequence, mask, before).roll(1, dims=1)  # what lands at 0 is 0
 
     def judge(self, actor_critic: ActorCritic, experience: Experience, temperature: float = 1.0) -> Experience:
         values = self.value_loss.decode(self.prefix_values(actor_critic, experience)).float()
