@@ -284,10 +284,12 @@ class PaLM(PretrainedMixin, nn.Module):
         cache: Memory | None = None,
         segment_ids: Tensor | None = None,
         places: Tensor | None = None,
+        extra_kinds: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
 
-        extra_embed (b, n, d) is added to the token embeddings. mask (b, n) bool is False for padding; a causal model
+        extra_embed (b, n, d) is added to the token embeddings; extra_kinds (b, n), integers from 0, say where it is the
+        same, so that what the first layer makes of a token is computed once for each of them. mask (b, n) bool is False for padding; a causal model
         needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. Padding
         adds nothing to the loss. With a cache, x are the tokens that follow those in it (mask: padding on the right
         of a first, ragged batch).
@@ -305,8 +307,8 @@ class PaLM(PretrainedMixin, nn.Module):
             raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:
             labels = next_tokens(x, mask, segment_ids, self.cross_entropy_ignore_index)
-            whole = (x, mask, extra_embed, segment_ids)
-            x, mask, extra_embed, segment_ids = (None if t is None else t[:, : labels.shape[1]] for t in whole)
+            whole, n = (x, mask, extra_embed, segment_ids, extra_kinds), labels.shape[1]
+            x, mask, extra_embed, segment_ids, extra_kinds = (None if t is None else t[:, :n] for t in whole)
         lora = None if disable_lora or finetune_scope is None else self._lora(finetune_scope)
         if segment_ids is not None:
             apart = segment_ids.masked_fill(~real_tokens(x, mask), -1)  # padding is a document of its own
@@ -321,16 +323,18 @@ class PaLM(PretrainedMixin, nn.Module):
             embeds = self.token_emb(ids)
         if extra_embed is not None:
             embeds = embeds + extra_embed.to(embeds.dtype)
-        repeated = repeated_tokens(ids) if extra_embed is None and self._begins_by_token() else None
-        apart = self._apart(places, repeated)
+        alike = ids if extra_kinds is None else ids + self.num_tokens * extra_kinds
+        told = extra_embed is None or extra_kinds is not None
+        repeated = repeated_tokens(alike) if told and self._begins_by_token() else None
+        chosen = self._apart(places, repeated)
         if cache is None:
-            embeds = self._layers(embeds, mask, lora, repeated, apart)
+            embeds = self._layers(embeds, mask, lora, repeated, chosen)
         else:
-            embeds = self._cached(embeds, mask, lora, cache, repeated, apart)
+            embeds = self._cached(embeds, mask, lora, cache, repeated, chosen)
         embeds = self.norm(embeds)
 
         if return_only_embedding:
-            return embeds if places is None or apart is not None else embeds[places]
+            return embeds if places is None or chosen is not None else embeds[places]
         if return_loss and not return_logits_with_embedding:
             embeds, labels = rearrange(embeds, "b n d -> (b n) d"), labels.reshape(-1)
             ignored = self.cross_entropy_ignore_index

@@ -146,6 +146,7 @@ class RewardModel(PretrainedReward, Unrounded):
             x,
             places=pooled,
             extra_embed=extra_embed,
+            extra_kinds=prompt_mask,
             return_only_embedding=True,
             disable_lora=disable_lora,
             finetune_scope=self.reward_lora_scope,

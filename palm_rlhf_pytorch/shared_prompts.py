@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from palm_rlhf_pytorch.ops import LEAST_TOKENS, lengths_to_mask
 from palm_rlhf_pytorch.palm import PaLM
+from palm_rlhf_pytorch.products import ROWS
 
 DEVICES = ("cpu", "cuda")  # where copies can be found in every version of torch
 
@@ -21,10 +22,12 @@ def predicting_embeds(
     shared = shared_prompts(sequence, response_mask) if segment_ids is None and may_share(palm) else None
     if shared is not None and shared.pays(palm, sequence):
         return shared.embeds(palm, scope)
-    if segment_ids is not None:
-        segment_ids = segment_ids[:, :-1]
-    keywords = {"finetune_scope": scope, "segment_ids": segment_ids, "places": response_mask[:, 1:]}
-    return palm(sequence[:, :-1], return_only_embedding=True, **keywords)
+    # the last token predicts nothing: it stays only where rows come out even with it, as products want them
+    n = sequence.shape[1] - (sequence.device.type != "cpu" or sequence.numel() % ROWS > 0)
+    places = F.pad(response_mask[:, 1:], (0, 1))[:, :n]
+    segment_ids = None if segment_ids is None else segment_ids[:, :n]
+    keywords = {"finetune_scope": scope, "segment_ids": segment_ids, "places": places}
+    return palm(sequence[:, :n], return_only_embedding=True, **keywords)
 
 
 def may_share(palm: PaLM) -> bool:

@@ -34,6 +34,8 @@ from palm_rlhf_pytorch.state import fingerprint, hyper_parameters, load_state, s
 
 Metrics = dict[str, float]
 
+JUDGED = 2  # times the rows whose graph is in memory are judged at once: of a pass without a graph, one layer is
+
 
 @dataclass(frozen=True)
 class LearnOptions:
@@ -54,6 +56,11 @@ class LearnOptions:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or None for no clipping, got {self.max_norm}")
+
+    @property
+    def rows_in_memory(self) -> int:
+        """Sequences whose graph is in memory at once."""
+        return self.micro_batch_size or self.minibatch_size
 
 
 class Learner(nn.Module):
@@ -275,7 +282,7 @@ class OnPolicyTrainer:
         options = replace(
             options,
             max_batch=max_batch_size * self.algorithm.samples_per_prompt,
-            rows_at_once=self.options.micro_batch_size or self.options.minibatch_size,
+            rows_at_once=JUDGED * self.options.rows_in_memory,
             reference=self.algorithm.needs_reference,
         )
         processes = self.accelerate.num_processes
@@ -294,7 +301,7 @@ class OnPolicyTrainer:
         self.sampled, self.room = describe(self._scaled(experience)), options.max_seq_len - self.prompts.shortest
         experience = self._chosen(experience, wanted * self.algorithm.samples_per_prompt)
         if self.process_reward is not None and len(experience):
-            tokens = options.rows_at_once * experience.sequence.shape[1]
+            tokens = self.options.rows_in_memory * experience.sequence.shape[1]
             mean = partial(self.accelerate.reduce, reduction="mean")
             with self.accelerate.autocast():
                 experience = self.process_reward(experience, tokens, mean)

@@ -8,6 +8,7 @@ from palm_rlhf_pytorch import palm as palm_module
 from palm_rlhf_pytorch import repeated_tokens as module
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.repeated_tokens import repeated_tokens
+from palm_rlhf_pytorch.reward import RewardModel
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,27 @@ def test_prompts_read_into_a_cache(monkeypatch):
         caches.append(palm.new_cache(2, 12))
         palm(ids, cache=caches[-1])
     torch.testing.assert_close(caches[0].memory, caches[1].memory)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_reward_model_s_prompts_and_responses_are_tokens_of_their_own(monkeypatch, depth):
+    def run(shared):
+        used = []
+        monkeypatch.setattr(
+            palm_module, "repeated_tokens", lambda ids: used.append(r := repeated_tokens(ids) if shared else None) or r
+        )
+        torch.manual_seed(0)
+        palm = PaLM(num_tokens=9, dim=16, depth=depth, dim_head=8, heads=4)
+        model = RewardModel(palm, num_binned_output=3, use_lora=False, dropout=0.0)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        ids, prompt_mask = torch.randint(0, 9, (6, 14)), torch.arange(14).expand(6, 14) < torch.tensor([[5]] * 5 + [[9]])
+        model.rate(ids, prompt_mask).sum().backward()
+        assert not shared or len(used[0].first) == 18  # each token twice
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def noisy(module, arguments, made):
