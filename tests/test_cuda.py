@@ -36,6 +36,21 @@ def test_the_same_logits_as_on_the_cpu(keywords):
     assert torch.allclose(there(ids.cuda(), mask=mask.cuda()).cpu()[mask], palm(ids, mask=mask)[mask], atol=1e-3)
 
 
+@pytest.mark.parametrize("keywords", [{}, {"heads": 4, "kv_heads": 2}, WINDOW])
+@pytest.mark.parametrize("lengths", [[40, 33, 37], [30, 30, 30], [0, 0, 0]])
+def test_the_last_layer_at_wanted_places(keywords, lengths):
+    palm, ids = make_palm(**keywords).cuda(), torch.randint(0, 50, (3, 40), device="cuda")
+    at = torch.arange(40, device="cuda")
+    wanted, found = (at >= 20) & (at < torch.tensor(lengths, device="cuda")[:, None]), []
+    for embeds in (
+        palm(ids, return_only_embedding=True, places=wanted),
+        palm(ids, return_only_embedding=True)[wanted],
+    ):
+        found.append((embeds, *torch.autograd.grad(embeds.sin().sum(), palm.palm_parameters())))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("decoder", ["plain", "compiled"])
 def test_windows_and_adapters_beside_bf16_generate(decoder):
     """A cached step's log-probs are those of the whole sequence, within what bfloat16 rounds."""

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palm_rlhf_pytorch import palm as palm_module
+from palm_rlhf_pytorch import places as module
 from palm_rlhf_pytorch import repeated_tokens as repeated_tokens_module
 from palm_rlhf_pytorch import shared_prompts
 from palm_rlhf_pytorch.actor import Actor
@@ -111,6 +112,14 @@ def test_the_same_as_all_and_then_chosen(chosen, kind, wanted):
     ours, theirs = call(ids_of(), places=mask), call(ids_of())[mask]
     assert ours.shape == (int(mask.sum()), 16) and (chosen[0] is None) == (wanted == "all")
     assert_same(palm, ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "windows", "packed", "an encoder"])
+def test_the_same_in_all_columns(monkeypatch, kind):
+    """As on a GPU."""
+    monkeypatch.setattr(module, "columns_of", lambda wanted: slice(0, wanted.shape[1]))
+    (palm, call), mask = of_kind(kind), WANTED["ragged and late"]
+    assert_same(palm, call(ids_of(), places=mask), call(ids_of())[mask])
 
 
 @pytest.mark.parametrize("wanted", WANTED)
