@@ -289,10 +289,10 @@ class PaLM(PretrainedMixin, nn.Module):
         """Token ids (b, n) -> logits (b, n, v); or the next-token loss; or embeddings (b, n, d); or both.
 
         extra_embed (b, n, d) is added to the token embeddings; extra_kinds (b, n), integers from 0, say where it is the
-        same, so that what the first layer makes of a token is computed once for each of them. mask (b, n) bool is False for padding; a causal model
-        needs it only where padding stands on the left, an encoder takes ids below 0 as padding without it. Padding
-        adds nothing to the loss. With a cache, x are the tokens that follow those in it (mask: padding on the right
-        of a first, ragged batch).
+        same, so that what the first layer makes of a token is computed once for each of them. mask (b, n) bool is False
+        for padding; a causal model needs it only where padding stands on the left, an encoder takes ids below 0 as
+        padding without it. Padding adds nothing to the loss. With a cache, x are the tokens that follow those in it
+        (mask: padding on the right of a first, ragged batch).
 
         segment_ids (b, n) number the documents of packed rows, from 0: attention and loss stay inside each, as if it
         stood alone. They make one mask (b, 1, n, n) for all layers; `flex_attention`, which could skip what is masked,

@@ -103,8 +103,9 @@ def test_a_reward_model_s_prompts_and_responses_are_tokens_of_their_own(monkeypa
         model = RewardModel(palm, num_binned_output=3, use_lora=False, dropout=0.0)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-        ids, prompt_mask = torch.randint(0, 9, (6, 14)), torch.arange(14).expand(6, 14) < torch.tensor([[5]] * 5 + [[9]])
-        model.rate(ids, prompt_mask).sum().backward()
+        lengths = torch.tensor([5, 5, 5, 5, 5, 9])
+        ids = torch.randint(0, 9, (6, 14))
+        model.rate(ids, torch.arange(14) < lengths[:, None]).sum().backward()
         assert not shared or len(used[0].first) == 18  # each token twice
         return [p.grad for p in model.parameters() if p.grad is not None]
 
