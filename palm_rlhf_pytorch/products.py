@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 SMALL = 2**20  # multiplications; below, what oneDNN takes a call (15 us) is more than it saves
 ROWS = 128  # it gets multiples of so many: for every other number it gets ready anew (4 ms), and keeps that (0.5 MiB)
-FILL = 1 / 16  # of the rows at most are added to make such a multiple
+FILL = 1 / 12  # of the rows at most are added to make such a multiple
 CPUINFO = Path("/proc/cpuinfo")
 KINDS = (Tensor, nn.Parameter)  # what is spread over processes, say, is torch's business
 

@@ -26,7 +26,7 @@ struct Step {
   int64_t rows, dim, heads, kv_heads, d, ff, vocab, depth, max_len;
   int64_t layer_memory, turn_place, turn_head; // floats from one layer's memory, one position's and one head's cosines to the next
   const Layer* layers;
-  const float* tokens;    // (rows, dim), or with `computed` (rows, qkv + dim)
+  float* tokens;          // (rows, dim), or with `computed` (rows, qkv + dim), which is worked in
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
   const int64_t* lengths; // (rows), what each has in memory before
   const float *cos, *sin; // of every position
@@ -117,7 +117,7 @@ struct Room {
 // up to HEADS heads of one row over the keys (n) and values of one of its key heads: softmax(q k / sqrt(d)) v, with a
 // running maximum (Milakov & Gimelshein, 1805.02867, algorithm 3), so that keys and values are read from memory once
 void attend(const Step& s, const float* q, int64_t heads, const float* cos, const float* sin, const float* keys,
-            int64_t n, float* out, int64_t step, Room& room) {
+            int64_t n, float* out, Room& room) {
   const int64_t d = s.d, stride = s.slot();
   float* const sums = room.sums.data();
   std::fill(room.queries.begin(), room.queries.end(), 0.0f);
@@ -144,7 +144,7 @@ void attend(const Step& s, const float* q, int64_t heads, const float* cos, cons
     most = now;
   }
   for (int64_t h = 0; h < heads; h++)
-    for (int64_t c = 0; c < d; c++) out[(h * d + c) * step] = sums[h * d + c] / total[h];
+    for (int64_t c = 0; c < d; c++) out[h * d + c] = sums[h * d + c] / total[h];
 }
 
 // y (rows, qkv), `stride` floats apart: keys and values go into a layer's memory
@@ -162,11 +162,11 @@ void remember(const Step& s, const Layer& layer, const float* y, int64_t stride,
   }
 }
 
-// y (rows, qkv + 2 ff) -> inner, laid out by `rows` (attention + ff); without a feedforward `ff` is 0
-void attend_and_gate(const Step& s, const Layer& layer, const float* y, int64_t stride, int64_t ff, const float* memory,
-                     const Rows& rows, float* inner, Room& room) {
+// y (rows, qkv + 2 ff): attention in the place of its queries, SwiGLU in that of its values; `ff` may be 0
+void attend_and_gate(const Step& s, const Layer& layer, float* y, int64_t stride, int64_t ff, const float* memory,
+                     Room& room) {
   const int64_t group = s.heads / s.kv_heads, chunks = (group + HEADS - 1) / HEADS, attends = s.kv_heads * chunks;
-  const int64_t blocks = (ff + BLOCK - 1) / BLOCK, features = s.attention() + ff;
+  const int64_t blocks = (ff + BLOCK - 1) / BLOCK;
 #pragma omp for schedule(dynamic)
   for (int64_t task = 0; task < s.rows * (attends + blocks); task++) {
     // the rows' attention first: it is the longer work
@@ -174,20 +174,30 @@ void attend_and_gate(const Step& s, const Layer& layer, const float* y, int64_t 
       const int64_t r = task / attends, kv = task % attends / chunks, first = kv * group + task % chunks * HEADS;
       const int64_t heads = std::min<int64_t>(HEADS, (kv + 1) * group - first), end = s.lengths[r] + 1;
       const int64_t begin = std::max<int64_t>(0, end - layer.window);
-      const int64_t shift = s.lengths[r] * s.turn_place + first * s.turn_head, step = rows.step(r);
-      attend(s, y + r * stride + first * s.d, heads, layer.turns ? s.cos + shift : nullptr,
-             layer.turns ? s.sin + shift : nullptr, memory + (r * s.max_len + begin) * s.slot() + kv * s.d, end - begin,
-             inner + rows.begin(r, features) + first * s.d * step, step, room);
+      const int64_t shift = s.lengths[r] * s.turn_place + first * s.turn_head;
+      float* q = y + r * stride + first * s.d;
+      attend(s, q, heads, layer.turns ? s.cos + shift : nullptr, layer.turns ? s.sin + shift : nullptr,
+             memory + (r * s.max_len + begin) * s.slot() + kv * s.d, end - begin, q, room);
     } else {
-      const int64_t rest = task - s.rows * attends, r = rest / blocks, c = rest % blocks * BLOCK, step = rows.step(r);
-      const int64_t n = std::min<int64_t>(BLOCK, ff - c);
-      const float* value = y + r * stride + s.qkv() + c;
-      float* out = inner + rows.begin(r, features) + (s.attention() + c) * step;
-      float gated[BLOCK];
-      swiglu(value, value + ff, n, gated);
-      for (int64_t i = 0; i < n; i++) out[i * step] = gated[i];
+      const int64_t rest = task - s.rows * attends, r = rest / blocks, c = rest % blocks * BLOCK;
+      float* value = y + r * stride + s.qkv() + c;
+      swiglu(value, value + ff, std::min<int64_t>(BLOCK, ff - c), value);
     }
   }
+}
+
+// what these left in y (rows, `stride` apart) -> inner (attention + ff), laid out by `rows`: a thread writes whole lines
+void lay_out(const Step& s, const float* y, int64_t stride, int64_t ff, const Rows& rows, float* inner) {
+  const int64_t features = s.attention() + ff, chunks = (features + LINE - 1) / LINE;
+#pragma omp for schedule(static) collapse(2)
+  for (int64_t first = 0; first < rows.count; first += rows.size)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t many = rows.of_block(first);
+      for (int64_t c = chunk * LINE; c < std::min(features, (chunk + 1) * LINE); c++) {
+        const float* from = y + first * stride + (c < s.attention() ? c : c + s.slot());
+        for (int64_t r = 0; r < many; r++) inner[first * features + c * many + r] = from[r * stride];
+      }
+    }
 }
 
 } // namespace
@@ -212,8 +222,9 @@ extern "C" void step(const Step* given) {
     Room room(s.d);
     const auto normed = [&](const float* gain, double eps) {
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < s.rows; r++)
-        normalise(x + r * s.dim, gain, eps, s.dim, laid + rows.begin(r, s.dim), rows.step(r));
+      for (int64_t first = 0; first < s.rows; first += rows.size) // one thread writes a block's lines
+        for (int64_t r = first; r < first + rows.of_block(first); r++)
+          normalise(x + r * s.dim, gain, eps, s.dim, laid + rows.begin(r, s.dim), rows.of_block(first));
     };
     const int64_t given_width = s.computed ? s.qkv() + s.dim : s.dim;
 #pragma omp for schedule(static)
@@ -222,7 +233,7 @@ extern "C" void step(const Step* given) {
     for (int64_t i = 0; i < s.depth; i++) {
       const Layer& layer = s.layers[i];
       const bool computed = s.computed && i == 0;
-      const float* projected = computed ? s.tokens : y;
+      float* projected = computed ? s.tokens : y;
       const int64_t stride = computed ? given_width : s.width(), ff = computed ? 0 : s.ff;
       float* memory = s.memory + i * s.layer_memory;
       if (!computed) {
@@ -230,7 +241,8 @@ extern "C" void step(const Step* given) {
         product(laid, rows, layer.into, s.dim, s.width(), nullptr, y);
       }
       remember(s, layer, projected, stride, memory);
-      attend_and_gate(s, layer, projected, stride, ff, memory, rows, laid, room);
+      attend_and_gate(s, layer, projected, stride, ff, memory, room);
+      lay_out(s, projected, stride, ff, rows, laid);
       product(laid, rows, layer.out, s.attention() + ff, s.dim, x, x);
     }
     normed(s.gain, s.eps);

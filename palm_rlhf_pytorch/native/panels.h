@@ -23,10 +23,15 @@ struct Rows {
   int64_t count, size;
   explicit Rows(int64_t n) : count(n), size((n + (n + ROWS - 1) / ROWS - 1) / ((n + ROWS - 1) / ROWS)) {}
   int64_t of_block(int64_t first) const { return std::min(size, count - first); }
-  // a row's first feature among `features`, and how far it is from one to the next
+  // where a row's first of so many features is
   int64_t begin(int64_t row, int64_t features) const { return row / size * size * features + row % size; }
-  int64_t step(int64_t row) const { return of_block(row / size * size); }
 };
+
+// WIDE numbers, or the first n where those are fewer, plus what is `added` -> out
+inline void put(Features found, int64_t n, const float* added, float* out) {
+  if (n >= WIDE) return store(out, added ? found + load<Features>(added) : found);
+  for (int64_t i = 0; i < n; i++) out[i] = found[i] + (added ? added[i] : 0.0f);
+}
 
 // R rows x (inputs, R) with V panels, each (inputs, WIDE), plus what is `added` -> out (R, outputs), `stride` apart
 template <int R, int V>
@@ -47,12 +52,9 @@ void multiply(const float* x, const float* panel, int64_t inputs, bool fetch, co
       for (int v = 0; v < V; v++) sum[r][v] += x[k * R + r] * weight[v];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    float found[V * WIDE];
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) store(found + v * WIDE, sum[r][v]);
-    for (int64_t i = 0; i < outputs; i++) out[r * stride + i] = found[i] + (added ? added[r * stride + i] : 0.0f);
-  }
+    for (int v = 0; v < V; v++) put(sum[r][v], outputs - v * WIDE, added ? added + r * stride + v * WIDE : nullptr, out + r * stride + v * WIDE);
 }
 
 typedef void Multiply(const float*, const float*, int64_t, bool, const float*, float*, int64_t, int64_t);
