@@ -1,4 +1,4 @@
-"""Attention of many query heads over few key/value heads, through torch's fused kernels."""
+"""Attention of many query heads over few key/value heads, through torch's fused kernels or ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from palm_rlhf_pytorch.fused_attention import fits, fused_attention
 
 
 def causal_key_mask(key_mask: Tensor) -> Tensor:
@@ -83,6 +85,10 @@ class Attention(nn.Module):
         dropout = self.attn_dropout.p if self.training else 0.0
 
         heads, kv_heads, n, j = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+        if n > 1 and dropout == 0 and fits(q, k, v, mask, causal):
+            if mask is not None and mask.dtype == torch.bool:
+                mask = added_to_scores(mask, q.dtype)
+            return fused_attention(q, k, v, mask, causal)
         if causal and n != j:  # the queries are the last n positions
             mask, causal = torch.ones(n, j, dtype=torch.bool, device=q.device).tril(j - n), False
         if n == 1:  # decoding: the heads that share a key become one query axis, and no key is repeated

@@ -15,9 +15,8 @@ constexpr int HEADS = 8; // heads computed at once, all on the same keys
 typedef float Features __attribute__((vector_size(WIDE * sizeof(float))));
 typedef float PerHead __attribute__((vector_size(HEADS * sizeof(float))));
 
-template <typename V> struct Ints;
-template <> struct Ints<Features> { typedef int32_t type __attribute__((vector_size(WIDE * sizeof(int32_t)))); };
-template <> struct Ints<PerHead> { typedef int32_t type __attribute__((vector_size(HEADS * sizeof(int32_t)))); };
+// as many whole numbers
+template <typename V> struct Ints { typedef int32_t type __attribute__((vector_size(sizeof(V)))); };
 
 template <typename V> inline V load(const float* from) {
   V value;
