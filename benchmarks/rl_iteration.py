@@ -65,7 +65,7 @@ class Side:
     worker: str
     environment: str | None
     work: Work
-    steps: int = 1  # the reference steps actor and critic apart
+    steps: int = 1  # of the optimiser in a minibatch: the reference and ours step actor and critic apart
     once: bool = False  # timed once, after a warm-up with 8 tokens, before the others take turns
 
 
@@ -106,8 +106,8 @@ def ppo(work: Work) -> Comparison:
     sides = {
         "TRL": Side("trl_ppo", "trl_ppo", work),
         "TRL, LoRA": Side("trl_ppo", "trl_ppo", lora),
-        "ours": Side("ours_rl", None, work),
-        "ours, LoRA, one trunk": Side("ours_rl", None, lora),
+        "ours": Side("ours_rl", None, work, steps=2),
+        "ours, LoRA, one trunk": Side("ours_rl", None, lora, steps=2),
     }
     kept = {label: side for label, side in sides.items() if "LoRA" in label or not work.lora}
     return Comparison(f"PPO iteration on TRL's work, dim {work.dim}", kept, ABOUT_PPO)
@@ -122,8 +122,8 @@ def grpo(work: Work) -> Comparison:
 def readme(work: Work, once: bool) -> Comparison:
     sides = {
         "reference": Side("reference_ppo", "reference", work, steps=2, once=once),
-        "ours, 16 prompts": Side("ours_rl", None, replace(work, batch=16)),
-        "ours, 1 prompt": Side("ours_rl", None, work),
+        "ours, 16 prompts": Side("ours_rl", None, replace(work, batch=16), steps=2),
+        "ours, 1 prompt": Side("ours_rl", None, work, steps=2),
     }
     notes = ABOUT_README + (" It was timed once." if once else "")
     return Comparison(f"PPO iteration of the reference, {work.prompt} + {work.response} tokens", sides, notes, True)

@@ -394,24 +394,31 @@ class OnPolicyTrainer:
         by_tokens, by_sequences = token_shares(mask, "token"), token_shares(mask, "sequence")
         totals: dict[str, Tensor] = {}
         *before, last = batch.parts(longest, self.algorithm.whole_groups)
-        for rows in (*before, last):
-            part = batch[rows]
-            # processes may have different numbers of parts: gradients are put together with the last
-            with nullcontext() if rows is last else self.accelerate.no_sync(self.learner):
-                for terms in self._terms():
+        for terms in self._terms():
+            for rows in (*before, last):
+                part = batch[rows]
+                # processes may have different numbers of parts: gradients are put together with the last
+                with nullcontext() if rows is last else self.accelerate.no_sync(self.learner):
                     loss, numbers = self.learner(part, temperature, *terms)
                     self.accelerate.backward(loss)
-                    for name, t in numbers.items():  # losses are logged as they count, what sequences are by sequence
-                        shares = by_sequences if t.ndim == 1 else by_tokens
-                        shares = part.loss_shares if name.endswith("loss") else shares[rows, : part.sequence.shape[1]]
-                        totals[name] = totals.get(name, 0.0) + (by_token(t) * shares).sum()
+                for name, t in numbers.items():  # losses are logged as they count, what sequences are by sequence
+                    shares = by_sequences if t.ndim == 1 else by_tokens
+                    shares = part.loss_shares if name.endswith("loss") else shares[rows, : part.sequence.shape[1]]
+                    totals[name] = totals.get(name, 0.0) + (by_token(t) * shares).sum()
+            totals |= self._apply_gradients()
+        return {name: float(value) for name, value in totals.items()}
+
+    def _apply_gradients(self) -> dict[str, Tensor]:
+        """Step on the parameters that have gradients, and drop these. Their norms, by group."""
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
+        norms = {}
         for group in self.optimizer.param_groups:
-            norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
-            totals[f"grad_norm_{group.get('name', 'policy')}"] = torch.as_tensor(norm)
+            if any(p.grad is not None for p in group["params"]):
+                norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
+                norms[f"grad_norm_{group.get('name', 'policy')}"] = torch.as_tensor(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {name: float(value) for name, value in totals.items()}
+        return norms
 
     def _shares(self, mask: Tensor) -> Tensor:
         """What each token counts for. Gradients are averaged over processes: where tokens are to count the same, those
@@ -427,7 +434,9 @@ class OnPolicyTrainer:
         return shares
 
     def _terms(self) -> list[tuple[str, ...]]:
-        """The losses to go backward from one by one; several processes need every gradient in one pass."""
+        """The losses to step on one by one, so that the graph and the gradients of one are in memory: they have no
+        parameter in common. Several processes need every gradient in one pass.
+        """
         parts = self.accelerate.unwrap_model(self.learner).parts
         return [(part,) for part in parts] if self.accelerate.num_processes == 1 else [parts]
 

@@ -255,6 +255,34 @@ def test_several_processes_learn_from_one_pass(monkeypatch, processes, terms):
     assert trainer._terms() == terms
 
 
+def learned(monkeypatch, lora, terms=None):
+    """The last row of the history, which groups had gradients at each step, and the parameters at last."""
+    actor_critic = tiny_actor_critic(actor_lora=lora, critic_lora=lora, pooled_values=False)
+    trainer, held = tiny_trainer(actor_critic=actor_critic, max_norm=0.1, minibatch_size=3, micro_batch_size=2), []
+    groups, step = [group["params"] for group in trainer.optimizer.param_groups], trainer.optimizer.step
+
+    def watched():
+        held.append([any(p.grad is not None for p in group) for group in groups])
+        step()
+
+    monkeypatch.setattr(trainer.optimizer, "step", watched)
+    if terms is not None:
+        monkeypatch.setattr(trainer, "_terms", lambda: terms)
+    row = trainer.train(8, **TRAIN).history[-1]
+    row = {name: value for name, value in row.items() if "second" not in name}
+    return row, held, [p.detach() for group in groups for p in group]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_one_set_of_gradients_is_in_memory_and_all_is_learned_as_by_both(monkeypatch, lora):
+    row, held, parameters = learned(monkeypatch, lora)
+    expected, both, others = learned(monkeypatch, lora, [("policy", "critic")])
+    assert held == [[True, False], [False, True]] * len(both) and both == [[True, True]] * len(both)
+    assert row == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    for one, other in zip(parameters, others, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_max_norm_holds_for_each_group():
     trainer = tiny_trainer(
         optimizer_class=torch.optim.SGD,
