@@ -57,10 +57,10 @@ def shares_keys_under_masks(q: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v by `scaled_dot_product_attention`.
+    """softmax(q k^T / sqrt(d)) v by `fused_attention`, where it fits, or by `scaled_dot_product_attention`.
 
-    `use_flash_attn` is the reference's switch between two code paths. Here both values take the kernel that torch
-    finds best for the inputs, so by default too scores are not held in memory (except with dropout on a CPU). Where
+    `use_flash_attn` is the reference's switch between two code paths. Here both values take the kernel that is best
+    for the inputs, so by default too scores are not held in memory (except with dropout on a CPU). Of torch's, where
     the plain formula is wanted (second derivatives), wrap the call in `torch.nn.attention.sdpa_kernel`.
     """
 

@@ -242,6 +242,7 @@ def ways(monkeypatch):
 
 
 @compiles
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
 def test_what_takes_torchs_way(ways, monkeypatch):
     q, k, v = (t.detach() for t in qkv(20, 20))
     attend = Attention(causal=True)
@@ -282,3 +283,41 @@ def test_nothing_of_all_pairs_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         fused_attention.fused_attention(q, k, v, causal=True)
     assert max(kept) == q.numel() and sum(kept) == 2 * q.numel() + 2 * k.numel() + q.numel() // 32
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("keywords", "packed"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"kv_heads": 2, "sliding_window": 7, "global_layers": [1]}, False),
+        ({"causal": False}, False),
+        ({"gradient_checkpointing": True}, False),
+    ],
+)
+def test_a_model_learns_the_same(make_palm, ways, monkeypatch, keywords, packed):
+    palm = make_palm(dim_head=16, **keywords)
+    ids = torch.randint(0, 17, (3, 40))
+    documents = {"segment_ids": torch.arange(40).expand(3, -1) // 13} if packed else {}
+
+    def found():
+        loss = palm(ids, return_loss=True, **documents)
+        return loss, *torch.autograd.grad(loss, list(palm.parameters()), allow_unused=True)
+
+    ours = found()
+    assert ways and set(ways) == {"fused"}
+    monkeypatch.setattr(attention, "fits", lambda *a: False)
+    for a, b in zip(ours, found(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@compiles
+def test_a_model_continues_the_same(make_palm, ways):
+    palm = make_palm(dim_head=16)
+    ids = torch.randint(0, 17, (3, 40))
+    with torch.no_grad():
+        cache = palm.new_cache(3, 50)
+        parts = [palm(part, cache=cache) for part in ids.split((20, 12, 8), dim=1)]
+        assert set(ways) == {"fused"}
+        torch.testing.assert_close(torch.cat(parts, dim=1), palm(ids), atol=1e-5, rtol=1e-4)

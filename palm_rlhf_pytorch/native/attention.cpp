@@ -20,8 +20,8 @@ constexpr int LANES = 8, TALL = 4;
 constexpr int LANES = 4, TALL = 8;
 #endif
 constexpr int ROWS = 32; // queries worked on at once,
-constexpr int KEYS = 64; // on so many keys: together they fit into the nearest caches. fused_attention.py knows this one
-constexpr int STEP = 16; // all of the above divide it, or it them
+constexpr int KEYS = 64; // with so many keys: what they make stays in near caches. fused_attention.py knows it too
+constexpr int STEP = 16; // it divides these two, and is divided by those
 constexpr float LEAST = std::numeric_limits<float>::lowest(); // only -inf is below: a hidden key
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
@@ -37,12 +37,13 @@ struct View {
 };
 
 struct Call {
-  int64_t b, heads, kv_heads, n, j, d, causal;
-  int64_t parts;                    // of the queries: each has own sums for the gradients of keys and values
-  View q, k, v, mask;               // (b, heads, n, d), twice (b, kv_heads, j, d), (b, 1, n, j) added to scores or null
-  View out, to_out, to_q, to_k, to_v; // as q, and gradients
-  float *logs;                      // (b, heads, n): of the sums that weights were divided by
-  float *turned, *sums;             // room for keys, and values too on the way back; for `parts` times both
+  int64_t b, heads, kv_heads, n, j, d;
+  int64_t causal;      // the queries are the last n of j places
+  int64_t parts;       // of the queries in `backward`: each sums up its own gradients of keys and values
+  View q, k, v, mask;  // (b, heads, n, d), (b, kv_heads, j, d) twice, and (b, 1, n, j), added to scores, or null
+  View out, to_out, to_q, to_k, to_v; // as q, and the gradients
+  float* logs;         // (b, heads, n): of the sums that weights were divided by
+  float *turned, *sums; // room for the keys, in `backward` for values too; for both as often as there are parts
 
   int64_t groups() const { return b * kv_heads; } // of heads that share keys: their queries are rows side by side
   int64_t rows() const { return n * (heads / kv_heads); }
@@ -52,8 +53,8 @@ struct Call {
 
 // out (TALL, N * LANES) = a b, or added to it; a (TALL, depth) by its distances from row to row and step to step
 template <int N>
-inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int64_t step, const float* b, int64_t b_row,
-                                                int64_t depth, float* out, int64_t out_row, bool add) {
+inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int64_t step, const float* b,
+                                                int64_t b_row, int64_t depth, float* out, int64_t out_row, bool add) {
   Lanes sum[TALL][N];
 #pragma GCC unroll 8
   for (int i = 0; i < TALL; i++)
@@ -74,12 +75,17 @@ inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int
     for (int c = 0; c < N; c++) store(out + i * out_row + c * LANES, sum[i][c]);
 }
 
-// out (m, n) = a (m, depth) b (depth, n), or added to it; TALL divides m, LANES n. Inlined, for one distance of a's is 1
-inline __attribute__((always_inline)) void multiply(const float* a, int64_t row, int64_t step, const float* b, int64_t b_row,
-                                                    int64_t depth, float* out, int64_t out_row, int64_t m, int64_t n, bool add) {
+// out (m, n) = a (m, depth) b (depth, n), or added to it; TALL divides m, LANES n. Inlined: one of a's distances is 1
+inline __attribute__((always_inline)) void multiply(const float* a, int64_t row, int64_t step, const float* b,
+                                                    int64_t b_row, int64_t depth, float* out, int64_t out_row,
+                                                    int64_t m, int64_t n, bool add) {
   for (int64_t c = 0; c < n; c += 2 * LANES)
-    for (int64_t i = 0; i < m; i += TALL)
-      (c + LANES < n ? tile<2> : tile<1>)(a + i * row, row, step, b + c, b_row, depth, out + i * out_row + c, out_row, add);
+    for (int64_t i = 0; i < m; i += TALL) {
+      const float* from = a + i * row;
+      float* to = out + i * out_row + c;
+      if (c + LANES < n) tile<2>(from, row, step, b + c, b_row, depth, to, out_row, add);
+      else tile<1>(from, row, step, b + c, b_row, depth, to, out_row, add);
+    }
 }
 
 // what an operation makes of all lanes: of both halves, and of the halves of that
