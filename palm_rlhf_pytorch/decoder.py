@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 class CachedModel(Protocol):
-    """What can be decoded from; PaLM is one."""
+    """What can be decoded from; PaLM is one. Prompts are read with `return_only_embedding=True` and `places`, all
+    False, for keys and values are all that is wanted of them: others may take both and do as they like.
+    """
 
     num_tokens: int
 

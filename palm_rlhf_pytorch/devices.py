@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.optim import AdamW
+
+from palm_rlhf_pytorch.optimizers import AdamW
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -50,7 +51,8 @@ def accelerator_on(device: torch.device, precision: str = "fp32") -> Accelerator
 
 def fused(optimizer_class: Any, device: torch.device) -> dict[str, bool]:
     """The keyword for AdamW's one-pass kernel, where there is one; nothing for other optimisers."""
-    return {"fused": True} if optimizer_class is AdamW and device.type in ("cpu", "cuda") else {}
+    known = optimizer_class in (AdamW, torch.optim.AdamW)
+    return {"fused": True} if known and device.type in ("cpu", "cuda") else {}
 
 
 def on_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

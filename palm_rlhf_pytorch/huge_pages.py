@@ -28,5 +28,5 @@ def in_huge_pages(t: Tensor) -> Tensor:
 
 
 def empty(*shape: int) -> Tensor:
-    """float32, in such pages."""
-    return in_huge_pages(torch.empty(shape))
+    """float32 on the CPU, in such pages."""
+    return in_huge_pages(torch.empty(shape, dtype=torch.float32, device="cpu"))

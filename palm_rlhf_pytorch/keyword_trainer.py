@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.algorithm import Algorithm
 from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.extras import require
+from palm_rlhf_pytorch.optimizers import AdamW
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.prompts import Prompts
 from palm_rlhf_pytorch.rollout import Reward

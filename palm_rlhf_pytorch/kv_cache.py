@@ -6,7 +6,6 @@ from copy import copy
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -55,8 +54,8 @@ class KVCache:
         static: bool = False,
     ):
         # a position's key and value lie side by side: one write for both
-        self.memory = torch.empty(depth, batch, max_len, 2, kv_heads, dim_head, dtype=dtype, device=device)
-        in_huge_pages(self.memory).zero_()
+        nothing = torch.empty(depth, batch, 0, 2, kv_heads, dim_head, dtype=dtype, device=device)
+        self.memory = empty_memory(nothing, max_len)
         self.centre = max_len // 2
         self.static = static
         self.clear(batch)
@@ -91,7 +90,8 @@ class KVCache:
         if self.static:
             raise ValueError(f"a static cache of {self.max_len} positions cannot take {self.filled + n}")
         more = max(self.filled + n, 2 * self.max_len) - self.max_len
-        self.memory = F.pad(self.memory, (0, 0, 0, 0, 0, 0, 0, more))
+        old, self.memory = self.memory, empty_memory(self.memory, more)
+        self.memory[:, :, : old.shape[2]] = old
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Store k, v (b, kv_heads, n, d) at positions (b, n)."""
@@ -168,3 +168,9 @@ class KVCache:
         self.lengths = torch.cat((self.lengths, part.lengths))
         self.places = torch.arange(self.rows, device=self.lengths.device)
         self.filled = max(self.filled, part.filled)
+
+
+def empty_memory(like: Tensor, more: int) -> Tensor:
+    """Zeros in the shape of `like` (depth, b, n, ...), with so many positions more."""
+    depth, b, n, *rest = like.shape
+    return in_huge_pages(like.new_empty(depth, b, n + more, *rest)).zero_()

@@ -18,10 +18,10 @@ from palm_rlhf_pytorch.packed_step import PackedStep
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
-WIDE = 16  # decode.cpp's: heads come in multiples of it
+WIDE = 16  # decode.cpp's: a head's size is a multiple of it, and a panel has so many outputs
 ALL = 2**62  # a window that hides nothing
-AS_MANY = 12  # rows that a step takes as long for as for one: it waits for the weights
-WORTH = 2  # times the vocabulary are drawn at least where every token's first layer is computed beforehand
+AS_MANY = 12  # a step of fewer rows takes as long as one of so many: it waits for the weights
+WORTH = 2  # times as many tokens as there are must be drawn for the first layer to be computed of all beforehand
 
 
 class Layer(ctypes.Structure):
@@ -45,20 +45,31 @@ class Step(ctypes.Structure):
 class NativeStep(PackedStep):
     """`PackedStep` with weights in panels of 16 outputs, read once a step, and nothing of Python between the products.
 
-    A row's logits are the same bits whatever rows it comes with. Where `steps` promises enough tokens, what the first
-    layer makes of each before its attention is computed beforehand, for it depends on nothing else.
+    The bits of a row's logits do not depend on the other rows. Where `steps` promises enough tokens of a vocabulary
+    that is small beside a layer, what the first layer makes of each before its attention is computed beforehand, for
+    it depends on nothing else.
     """
 
     def __init__(self, palm: PaLM, rows: int, steps: int = 0):
-        self.room = torch.empty(0)
-        self.computes = steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
+        self.room = torch.empty(0, dtype=torch.float32, device="cpu")
+        block, tokens = palm.layers[0].fn, palm.num_tokens
+        kept = tokens * (sum(block.fused_dims[:3]) + palm.dim)
+        small = kept <= block.fused_attn_ff_proj.weight.numel()  # what is kept is no more than what it stands for
+        self.computes = small and steps * max(rows, AS_MANY) >= WORTH * tokens
         super().__init__(palm, rows)
 
     @staticmethod
     def fits(palm: PaLM) -> bool:
         """Whether the step knows all that the layers do, and can be compiled here."""
-        normed = any(layer.fn.qk_rmsnorm or layer.fn.qk_layernorm for layer in palm.layers)
-        return not normed and palm.dim_head % WIDE == 0 and library("decode") is not None
+        blocks = [layer.fn for layer in palm.layers]
+        normed = any(block.qk_rmsnorm or block.qk_layernorm for block in blocks)
+        shapes = {(*block.fused_dims, block.heads, block.kv_heads) for block in blocks}
+        own = {(palm.kv_heads * palm.dim_head, palm.heads, palm.kv_heads)}
+        alike = len(shapes) == 1 and {(kv, heads, kv_heads) for _, kv, _, _, heads, kv_heads in shapes} == own
+        whole = len(palm.to_logits.weight) == len(palm.token_emb.weight) == palm.num_tokens
+        plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in palm.palm_parameters())
+        fits = not normed and alike and whole and plain and palm.dim_head % WIDE == 0
+        return fits and library("decode") is not None
 
     def _lay_out(self) -> None:
         palm, blocks = self.palm, [layer.fn for layer in self.palm.layers]
@@ -104,17 +115,20 @@ class NativeStep(PackedStep):
         attn, kv, _, both = block.fused_dims
         inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
         turns, lengths = self._turns(cache), cache.lengths.contiguous()
-        heads, d = turns.cos.shape[-2:]
+        cos, sin = turns.cos.float(), turns.sin.float()  # by torch's default dtype they may be more
+        heads, d = cos.shape[-2:]
         room = rows * (palm.dim + max(palm.dim, attn + both // 2) + attn + 2 * kv + both)
         if self.room.numel() < room:
-            self.room = torch.empty(room)
-        logits = torch.empty(rows, palm.num_tokens)
+            self.room = self.room.new_empty(room)
+        logits = self.room.new_empty(rows, palm.num_tokens)
+        if rows == 0:
+            return logits
         widths = palm.dim, palm.heads, palm.kv_heads, d, both // 2, palm.num_tokens
         strides = cache.memory.stride(0), heads * d, d if heads > 1 else 0
         step = Step(rows, *widths, len(palm.layers), cache.max_len, *strides)
         step.layers, step.tokens = ctypes.addressof(self.layers), inputs.data_ptr()
         step.computed = self.computed is not None
-        step.lengths, step.cos, step.sin = lengths.data_ptr(), turns.cos.data_ptr(), turns.sin.data_ptr()
+        step.lengths, step.cos, step.sin = lengths.data_ptr(), cos.data_ptr(), sin.data_ptr()
         step.memory, step.gain, step.to_logits = cache.memory.data_ptr(), self.gain, self.to_logits
         step.eps, step.room, step.logits = palm.norm.eps, self.room.data_ptr(), logits.data_ptr()
         library("decode").step(ctypes.byref(step))

@@ -41,7 +41,9 @@ def can_pack(model: object) -> bool:
 
 
 def hooked(model: object) -> bool:
-    return isinstance(model, nn.Module) and any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    """Whether anybody listens when the model or a part of it is called, forward or backward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return isinstance(model, nn.Module) and any(getattr(m, kind) for m in model.modules() for kind in kinds)
 
 
 class Matrix:
@@ -144,7 +146,7 @@ class PackedStep:
     def _pack(self) -> None:
         palm = self.palm
         layers = chain(*(layer.parameters() for layer in palm.layers))
-        self.sources = [*layers, palm.norm.gamma, palm.to_logits.weight]
+        self.sources = [*layers, palm.token_emb.weight, palm.norm.gamma, palm.to_logits.weight]
         self.versions = versions(self.sources)
         self._lay_out()
 

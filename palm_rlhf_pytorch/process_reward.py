@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.implicit_process_reward import ImplicitPRM, outcome_loss
+from palm_rlhf_pytorch.optimizers import AdamW
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.precision import HALVES
 from palm_rlhf_pytorch.reward import RewardModel

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.compilation import CompiledModule
@@ -23,6 +22,7 @@ from palm_rlhf_pytorch.devices import fused, on_tensors, ready_for, to_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
+from palm_rlhf_pytorch.optimizers import AdamW
 from palm_rlhf_pytorch.prefetch import prefetched
 from palm_rlhf_pytorch.state import (
     hyper_parameters,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from palm_rlhf_pytorch import generation, resuming
@@ -26,6 +26,7 @@ from palm_rlhf_pytorch.devices import fused
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.ops import k3, token_shares
+from palm_rlhf_pytorch.optimizers import AdamW
 from palm_rlhf_pytorch.palm import PaLM
 from palm_rlhf_pytorch.process_reward import ProcessReward
 from palm_rlhf_pytorch.prompts import Prompts, Remembered
@@ -158,6 +159,7 @@ class OnPolicyTrainer:
             algorithm.parameter_groups(actor_critic), **fused(optimizer_class, self.accelerate.device)
         )
         self.built = hyper_parameters(self.optimizer)
+        self.unwrapped = learner  # to ask accelerate for it would import torch's compiler
         self.learner, self.optimizer = self.accelerate.prepare(learner, self.optimizer)
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
@@ -437,7 +439,7 @@ class OnPolicyTrainer:
         """The losses to step on one by one, so that the graph and the gradients of one are in memory: they have no
         parameter in common. Several processes need every gradient in one pass.
         """
-        parts = self.accelerate.unwrap_model(self.learner).parts
+        parts = self.unwrapped.parts
         return [(part,) for part in parts] if self.accelerate.num_processes == 1 else [parts]
 
     # answers
@@ -505,7 +507,7 @@ class OnPolicyTrainer:
 
     def parts(self) -> nn.ModuleDict:
         """Policy and algorithm; and the frozen reference, where the policy is trained as a whole."""
-        parts = {"learner": self.accelerate.unwrap_model(self.learner)}
+        parts = {"learner": self.unwrapped}
         if self.actor_critic.actor_lora_scope is None:
             parts["reference"] = self.actor_critic.reference_palm
         return nn.ModuleDict(parts)

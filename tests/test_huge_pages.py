@@ -8,6 +8,7 @@ import torch
 
 from palm_rlhf_pytorch import huge_pages
 from palm_rlhf_pytorch.huge_pages import PAGE, in_huge_pages
+from palm_rlhf_pytorch.kv_cache import KVCache
 
 
 @pytest.fixture
@@ -37,7 +38,16 @@ def test_nothing_is_asked_for_what_has_no_such_pages(asked, monkeypatch, kind):
     assert not asked
 
 
-def test_memory_for_weights():
+def test_memory_for_weights_and_caches(asked):
     t = huge_pages.empty(3, PAGE // 4)
+    assert len(asked) == 1
+    cache = KVCache(1, 2, 1, PAGE // 64, 8)
+    assert len(asked) == 2 and not cache.memory.any()
+    cache.memory.fill_(3.0)
+    cache.filled = cache.max_len
+    cache.reserve(1)
+    assert (
+        len(asked) == 3 and (cache.memory[:, :, : PAGE // 64] == 3).all() and not cache.memory[:, :, PAGE // 64 :].any()
+    )
     assert t.shape == (3, PAGE // 4) and t.dtype == torch.float32
     assert t.fill_(2.0).sum() == 6 * PAGE // 4

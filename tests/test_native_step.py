@@ -1,8 +1,12 @@
 """A decoding step in C++ is the one in torch's operations, row by row."""
 
+import ctypes
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from palm_rlhf_pytorch import native_step
 from palm_rlhf_pytorch.native import library
 from palm_rlhf_pytorch.native_step import NativeStep, packed_step
 from palm_rlhf_pytorch.packed_step import PackedStep
@@ -149,6 +153,64 @@ def test_without_a_compiler(monkeypatch):
     assert type(packed_step(new_palm(), 2, 10)) is NativeStep
     monkeypatch.setattr("palm_rlhf_pytorch.native_step.library", lambda name: None)
     assert type(packed_step(new_palm(), 2, 10)) is PackedStep
+
+
+def test_structs_are_those_of_the_source():
+    sizes = library("decode").size_of_step(), library("decode").size_of_layer()
+    assert sizes == tuple(map(ctypes.sizeof, (native_step.Step, native_step.Layer)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [torch.bfloat16, torch.float64, "meta"])
+def test_defaults_of_torch_decide_nothing(change):
+    palm, tokens, default = new_palm(), torch.tensor([1, 2]), torch.get_default_dtype()
+    caches = [palm.new_cache(2, 4) for _ in range(2)]
+    try:
+        if change != "meta":
+            torch.set_default_dtype(change)
+        with torch.device("meta") if change == "meta" else nullcontext():
+            found = NativeStep(palm, 2)(tokens, caches[0])
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(found, PackedStep(palm, 2)(tokens, caches[1]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_of_other_sizes_and_dtypes_are_left_to_torch():
+    narrow, headed, double = new_palm(), new_palm(), new_palm()
+    narrow.layers[1] = new_palm(ff_mult=2).layers[1]
+    headed.layers[2] = new_palm(heads=4, kv_heads=1).layers[2]
+    double.layers[1].fn.norm.double()
+    wide = new_palm()
+    wide.to_logits = type(wide.to_logits)(32, 60, bias=False)
+    assert not any(NativeStep.fits(palm) for palm in (narrow, headed, double, wide)) and NativeStep.fits(new_palm())
+    step, cache = packed_step(narrow, 2, 10**6), narrow.new_cache(2, 4)
+    expected = narrow.next_logits(torch.tensor([1, 2]), narrow.new_cache(2, 4))
+    torch.testing.assert_close(step(torch.tensor([1, 2]), cache), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_embedding_of_its_own_is_watched_too():
+    palm, tokens = new_palm(), torch.tensor([1, 2])
+    palm.to_logits.weight = torch.nn.Parameter(palm.to_logits.weight.detach().clone())
+    step = beforehand(palm, 2)
+    step(tokens, palm.new_cache(2, 4))
+    palm.token_emb.weight.mul_(3)
+    expected = PackedStep(palm, 2)(tokens, palm.new_cache(2, 4))
+    torch.testing.assert_close(step(tokens, palm.new_cache(2, 4)), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_no_rows():
+    palm = new_palm()
+    cache = palm.new_cache(2, 4)
+    cache.clear(0)
+    assert NativeStep(palm, 2)(torch.empty(0, dtype=torch.long), cache).shape == (0, 50)
+
+
+def test_a_table_is_no_larger_than_the_layer():
+    assert NativeStep(new_palm(dim=128), 9, 10**6).computed is not None
+    assert NativeStep(new_palm(dim=128, num_tokens=2000), 9, 10**6).computed is None
 
 
 def test_the_first_layer_is_computed_beforehand_where_tokens_enough_are_drawn():

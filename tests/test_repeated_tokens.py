@@ -152,3 +152,15 @@ def test_not_where_places_differ(monkeypatch, mode):
 def test_dropout_does_no_harm_in_evaluation():
     palm = PaLM(num_tokens=5, dim=16, depth=1, dim_head=8, heads=2, ff_dropout=0.5)
     assert palm.layers[0].fn.drops and not palm.eval().layers[0].fn.drops
+
+
+def test_what_is_added_may_be_told_apart(monkeypatch):
+    seen = []
+    monkeypatch.setattr(palm_module, "repeated_tokens", lambda ids: seen.append(ids) or repeated_tokens(ids))
+    palm, ids = PaLM(num_tokens=5, dim=16, depth=2, dim_head=8, heads=2), torch.randint(0, 5, (3, 12))
+    kinds = torch.arange(12).expand(3, 12) % 3
+    added = torch.randn(3, 16)[kinds]
+    losses = [palm(ids, True, extra_embed=added, extra_kinds=k) for k in (kinds, None)]
+    torch.testing.assert_close(*losses)
+    assert len(seen) == 1 and seen[0].shape == (3, 11)  # the last token is only predicted
+    assert torch.equal(seen[0] % 5, ids[:, :11]) and torch.equal(seen[0] // 5, kinds[:, :11])

@@ -217,3 +217,16 @@ def test_what_is_never_gone_back_through_is_freed(recompute):
     gc.collect()
     kinds = (shared_prompts.PromptPass, shared_prompts.ResponsePass)
     assert not [thing for thing in gc.get_objects() if type(thing) in kinds]
+
+
+@pytest.mark.parametrize("rows, width", [(128, 6), (127, 5)])
+def test_the_last_token_stays_where_rows_come_out_even_with_it(monkeypatch, rows, width):
+    monkeypatch.setattr(shared_prompts, "may_share", lambda palm: False)
+    palm, seen = PaLM(num_tokens=9, dim=16, depth=2, dim_head=8, heads=2), []
+    palm.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    sequence, mask = torch.arange(rows * 6).view(rows, 6) % 9, torch.arange(6).expand(rows, 6) > 2
+    sequence[:, 0] = torch.arange(rows) % 9
+    found = shared_prompts.predicting_embeds(palm, sequence, mask)
+    expected = palm(sequence, return_only_embedding=True)[:, 2:5].flatten(0, 1)
+    assert seen[0] == width
+    torch.testing.assert_close(found, expected)

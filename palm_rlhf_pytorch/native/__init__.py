@@ -1,5 +1,5 @@
 """C++ for a CPU, where one pass over memory beats a row of torch's operations. It is compiled when it is first asked
-for, which takes a second, and kept for the next process; without a compiler the plain twins in Python do the work.
+for, which takes seconds, and kept for the next process; without a compiler the plain twins in Python do the work.
 """
 
 from __future__ import annotations

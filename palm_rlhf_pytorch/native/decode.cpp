@@ -1,6 +1,6 @@
 // A decoding step on a CPU, one token a row, all layers of it: norm, products with weights in panels, and between them
 // keys and queries turned, keys and values stored, attention over what each row has, SwiGLU beside it. The plain twin
-// is InTorch in packed_step.py. float32; head sizes are multiples of 16.
+// is PackedStep. float32; head sizes are multiples of 16.
 
 #include "panels.h"
 
@@ -249,3 +249,6 @@ extern "C" void step(const Step* given) {
     product(laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits);
   }
 }
+
+extern "C" int64_t size_of_step() { return sizeof(Step); }
+extern "C" int64_t size_of_layer() { return sizeof(Layer); }

@@ -28,9 +28,12 @@ struct Rows {
 };
 
 // WIDE numbers, or the first n where those are fewer, plus what is `added` -> out
-inline void put(Features found, int64_t n, const float* added, float* out) {
-  if (n >= WIDE) return store(out, added ? found + load<Features>(added) : found);
+__attribute__((noinline)) void put_some(const Features& found, int64_t n, const float* added, float* out) {
   for (int64_t i = 0; i < n; i++) out[i] = found[i] + (added ? added[i] : 0.0f);
+}
+inline void put(Features found, int64_t n, const float* added, float* out) {
+  if (n < WIDE) return put_some(found, n, added, out);
+  store(out, added ? found + load<Features>(added) : found);
 }
 
 // R rows x (inputs, R) with V panels, each (inputs, WIDE), plus what is `added` -> out (R, outputs), `stride` apart
