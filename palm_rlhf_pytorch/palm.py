@@ -19,6 +19,7 @@ from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, narrowed, segment_mask, window_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
+from palm_rlhf_pytorch.freed_memory import keep_freed_memory
 from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
 from palm_rlhf_pytorch.packed_step import hooked
@@ -303,6 +304,8 @@ class PaLM(PretrainedMixin, nn.Module):
         """
         if places is not None:
             check_places(places, x, return_only_embedding)
+        if self.training and torch.is_grad_enabled() and only_computed(x) and x.device.type == "cpu":
+            keep_freed_memory()
         if segment_ids is not None and cache is not None:
             raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:
