@@ -86,8 +86,9 @@ class Algorithm(nn.Module):
         """What each token or sequence adds to the loss, and numbers about it: the engine takes the means."""
         raise NotImplementedError(f"{type(self).__name__} needs a loss(policy, experience)")
 
-    # where there is a critic: the same of what does not need the policy, learned from on its own, so that the
-    # policy's and the critic's activations are never in memory together
+    # where there is a critic: the same of what does not need the policy, and of parameters that the policy's loss does
+    # not reach. It is learned from and stepped on its own, so that the activations and gradients of both are never in
+    # memory together
     critic_loss = None  # (actor_critic, experience) -> Losses
 
     def parameter_groups(self, actor: Actor) -> list[dict[str, Any]]:

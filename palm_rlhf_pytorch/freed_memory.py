@@ -16,7 +16,7 @@ SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"
 @cache
 def keep_freed_memory() -> bool:
     """Have this process keep what it frees, up to KEPT, from now on; whether it does. Every page that comes back from
-    the system is cleared first: 35,000 of them, 4 to 6 % of a step on 4 x 512 tokens with 22.5 M parameters.
+    the system is cleared first, tens of thousands in a step on 4 x 512 tokens with 22.5 M parameters.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return False

@@ -14,8 +14,8 @@ def unguarded(method: Callable) -> Callable:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's. To keep its compiler off an optimiser's methods, torch imports it with the first call of one: 30 MiB
-    and a second or more (1.4 to 3.6 here). Nobody compiles this one, so these are the methods themselves.
+    """torch's. To keep its compiler off an optimiser's methods, torch imports it with the first call of one: seconds
+    (`time python -c "import torch._dynamo"`) and memory. Nobody compiles this one, so these are the methods themselves.
     """
 
     add_param_group = unguarded(torch.optim.AdamW.add_param_group)

@@ -377,7 +377,7 @@ class PaLM(PretrainedMixin, nn.Module):
         n = x.shape[1]
         rotation = self.rotary_emb(n).over(self.heads, self.kv_heads)
         if mask is not None and mask.ndim == 2 and self.causal:
-            mask = causal_key_mask(mask)
+            (mask,) = as_computed(added_to_scores(causal_key_mask(mask), x.dtype))  # once, and not in every layer
         near = mask
         if self._reaches_beyond(n):
             positions = torch.arange(n, device=x.device)[None]

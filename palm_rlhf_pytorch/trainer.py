@@ -395,6 +395,7 @@ class OnPolicyTrainer:
         batch = replace(batch, loss_shares=self._shares(mask))
         by_tokens, by_sequences = token_shares(mask, "token"), token_shares(mask, "sequence")
         totals: dict[str, Tensor] = {}
+        stepped: set[nn.Parameter] = set()
         *before, last = batch.parts(longest, self.algorithm.whole_groups)
         for terms in self._terms():
             for rows in (*before, last):
@@ -407,15 +408,22 @@ class OnPolicyTrainer:
                     shares = by_sequences if t.ndim == 1 else by_tokens
                     shares = part.loss_shares if name.endswith("loss") else shares[rows, : part.sequence.shape[1]]
                     totals[name] = totals.get(name, 0.0) + (by_token(t) * shares).sum()
-            totals |= self._apply_gradients()
+            totals |= self._apply_gradients(stepped)
         return {name: float(value) for name, value in totals.items()}
 
-    def _apply_gradients(self) -> dict[str, Tensor]:
-        """Step on the parameters that have gradients, and drop these. Their norms, by group."""
+    def _apply_gradients(self, stepped: set[nn.Parameter]) -> dict[str, Tensor]:
+        """Step on the parameters that have gradients, and drop these. Their norms, by group. `stepped` are those that
+        another loss of this minibatch has reached, and grows.
+        """
+        reached = {p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if reached & stepped:
+            both = f"{len(reached & stepped)} parameters of {type(self.algorithm).__name__}"
+            raise ValueError(f"{both} are reached by loss and critic_loss both: give each its own, or put both in loss")
+        stepped |= reached
         self.accelerate.unscale_gradients(self.optimizer)  # here, once: accelerate's clip_grad_norm_ does it every time
         norms = {}
         for group in self.optimizer.param_groups:
-            if any(p.grad is not None for p in group["params"]):
+            if not reached.isdisjoint(group["params"]):
                 norm = nn.utils.clip_grad_norm_(group["params"], self.options.max_norm or math.inf)
                 norms[f"grad_norm_{group.get('name', 'policy')}"] = torch.as_tensor(norm)
         self.optimizer.step()

@@ -283,6 +283,16 @@ def test_one_set_of_gradients_is_in_memory_and_all_is_learned_as_by_both(monkeyp
         torch.testing.assert_close(one, other)
 
 
+def test_losses_that_reach_the_same_parameters_are_refused(monkeypatch):
+    trainer = tiny_trainer(actor_critic=tiny_actor_critic())
+    policy_loss = trainer.learner.forward
+    monkeypatch.setattr(
+        trainer.learner, "forward", lambda part, temperature, *terms: policy_loss(part, temperature, "policy")
+    )
+    with pytest.raises(ValueError, match=r"parameters of PPO are reached by loss and critic_loss both"):
+        trainer.train(4, **TRAIN)
+
+
 def test_max_norm_holds_for_each_group():
     trainer = tiny_trainer(
         optimizer_class=torch.optim.SGD,
