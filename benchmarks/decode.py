@@ -77,19 +77,22 @@ def batch_rows(options: argparse.Namespace, runs: Mapping[str, Runs], least: flo
 
 
 def position_rows(options: argparse.Namespace, workers: Mapping[str, Worker]) -> list[dict[str, str]]:
-    """Time a token at each position, and the last position's over the first's."""
-    timed = {label: worker for label, worker in workers.items() if label in ("ours", "transformers")}
-    runs = []
-    for position in options.positions:
-        request = dict(do="at_position", batch=options.position_batch, position=position)
-        runs.append(in_turn(timed, dict.fromkeys(timed, request), options.repeats))
+    """Time a token at each position, in turn, and the last position's over the first's."""
+    timed = [label for label in workers if label in ("ours", "transformers")]
+    requests = {
+        f"{label} at {position}": dict(do="at_position", batch=options.position_batch, position=position)
+        for position in options.positions
+        for label in timed
+    }
+    runs = in_turn({name: workers[name.split()[0]] for name in requests}, requests, options.repeats)
     rows = []
     for label in timed:
         row = {"batch": str(options.position_batch), "side": label, "runs": str(options.repeats)}
-        for position, run in zip(options.positions, runs, strict=True):
-            low, high = (three(1e3 * value) for value in run[label].quartiles())
-            row[f"ms a token at {position:,}"] = f"{three(1e3 * run[label].median())} ({low} to {high})"
-        rows.append({**row, "ratio": f"{runs[-1][label].median() / runs[0][label].median():.2f}"})
+        at = [runs[f"{label} at {position}"] for position in options.positions]
+        for position, run in zip(options.positions, at, strict=True):
+            low, high = (three(1e3 * value) for value in run.quartiles())
+            row[f"ms a token at {position:,}"] = f"{three(1e3 * run.median())} ({low} to {high})"
+        rows.append({**row, "ratio": f"{at[-1].median() / at[0].median():.2f}"})
     return rows
 
 

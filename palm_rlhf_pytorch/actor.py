@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
@@ -90,6 +92,19 @@ class Actor(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         self._reference[0]._apply(fn)  # not a submodule: it is neither trained nor saved with the policy
         return super()._apply(fn, *args, **kwargs)
+
+    @property
+    def frozen_palms(self) -> set[PaLM]:
+        """Those whose weights training leaves as they are."""
+        return {self.reference_palm}
+
+    @contextmanager
+    def first_layers_kept(self) -> Iterator[None]:
+        """`PaLM.first_layer_kept` for all that are frozen."""
+        with ExitStack() as stack:
+            for palm in self.frozen_palms:
+                stack.enter_context(palm.first_layer_kept())
+            yield
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """What training the policy changes."""

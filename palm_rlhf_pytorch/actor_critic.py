@@ -87,6 +87,11 @@ class ActorCritic(Actor):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(self.critic_palm.token_emb.weight)  # its device, and its dtype where that is no half
 
+    @property
+    def frozen_palms(self) -> set[PaLM]:
+        critic = set() if self.critic_lora_scope is None else {self.critic_palm}
+        return super().frozen_palms | critic
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """What training the critic changes, its head included."""
         head = [] if self.value_head is None else list(self.value_head.parameters())

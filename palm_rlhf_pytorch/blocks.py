@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from palm_rlhf_pytorch.products import Linear, linear
 from palm_rlhf_pytorch.repeated_tokens import RepeatedTokens
 from palm_rlhf_pytorch.rotary import HeadsRotation, RotaryEmbedding
 from palm_rlhf_pytorch.swiglu import SwiGLU, project_swiglu, split
+
+if TYPE_CHECKING:
+    from palm_rlhf_pytorch.first_layer import KnownTokens
 
 
 class LayerNorm(Unrounded):
@@ -134,16 +138,16 @@ class ParallelTransformerBlock(nn.Module):
         *,
         rotation: HeadsRotation | None = None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        repeated: RepeatedTokens | None = None,
+        repeated: RepeatedTokens | KnownTokens | None = None,
     ) -> Tensor:
         """x (b, n, d); mask as in `Attention`; `remember` stores new keys and values and returns all to attend to;
         `repeated` tells where x is the same.
         """
         attn_inner, kv_inner, *_ = self.fused_dims
         if repeated is None:
-            qkv, ff = self._project(self.norm(x), finetune_modules)
+            qkv, ff = self.projected(self.norm(x), finetune_modules)
         else:
-            qkv, ff = map(repeated.everywhere, self._project(self.norm(repeated.once(x)), finetune_modules))
+            qkv, ff = map(repeated.everywhere, repeated.projected(self, x, finetune_modules))
         qk, v = qkv.split((attn_inner + kv_inner, kv_inner), dim=-1)
         qk = self._normed(rearrange(qk, "b n (h d) -> b n h d", h=self.heads + self.kv_heads))
         if self.rotates:
@@ -194,6 +198,11 @@ class ParallelTransformerBlock(nn.Module):
         return out if lora is None else out + lora[3](attended)
 
     @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of the products into the block, and out of its attention and its feedforward."""
+        return self.fused_attn_ff_proj.weight, self.attn_out.weight, self.ff_out[2].weight
+
+    @property
     def drops(self) -> bool:
         """Whether the feedforward drops out features, in every place others."""
         return self.training and self.ff_out[1].p > 0
@@ -212,7 +221,7 @@ class ParallelTransformerBlock(nn.Module):
             return (F.layer_norm(qk.to(gains.dtype), qk.shape[-1:], eps=self.norm.eps) * gains).to(qk.dtype)
         return F.normalize(qk, dim=-1) * self.heads_gains[heads] if self.qk_rmsnorm else qk
 
-    def _project(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
+    def projected(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
         """x, normed (..., d) -> queries, keys and values side by side, and what the feedforward gives (..., d)."""
         if lora is not None and len(lora) > 4:
             return self._project_adapted(x, lora)
@@ -222,10 +231,11 @@ class ParallelTransformerBlock(nn.Module):
         else:
             qkv, ff = split(self.fused_attn_ff_proj(x), ff_out.weight)
             ff = self.ff_out(ff)
-        if lora is not None:
-            *lora_qkv, _ = lora
-            qkv = qkv + side_by_side(lora_qkv, x)
-        return qkv, ff
+        return self.beside(qkv, x, lora), ff
+
+    def beside(self, qkv: Tensor, x: Tensor, lora: Sequence[LoRA] | None) -> Tensor:
+        """What the weights make of x as queries, keys and values, and what adapters for these add to it."""
+        return qkv if lora is None else qkv + side_by_side(lora[:3], x)
 
     def _project_apart(
         self, x: Tensor, everywhere: Tensor, lora: Sequence[LoRA] | None
@@ -235,7 +245,7 @@ class ParallelTransformerBlock(nn.Module):
         """
         into, before, width = self.fused_attn_ff_proj.weight, self.fused_dims[0], sum(self.fused_dims[1:3])
         if self.drops or (lora is not None and len(lora) > 4):
-            qkv, ff = self._project(x, lora)
+            qkv, ff = self.projected(x, lora)
             q, kv = qkv[:, :before], linear(everywhere, into.narrow(0, before, width))
         else:
             q, ff, kv = project_swiglu(x, into, self.ff_out[2].weight, everywhere, width)

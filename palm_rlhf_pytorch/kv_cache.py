@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from palm_rlhf_pytorch.huge_pages import in_huge_pages
+from palm_rlhf_pytorch import huge_pages
 
 
 class Memory(Protocol):
@@ -173,4 +173,4 @@ class KVCache:
 def empty_memory(like: Tensor, more: int) -> Tensor:
     """Zeros in the shape of `like` (depth, b, n, ...), with so many positions more."""
     depth, b, n, *rest = like.shape
-    return in_huge_pages(like.new_empty(depth, b, n + more, *rest)).zero_()
+    return huge_pages.zeros(like, depth, b, n + more, *rest)

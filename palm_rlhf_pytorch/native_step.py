@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palm_rlhf_pytorch import huge_pages
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock
+from palm_rlhf_pytorch.first_layer import before_attention, is_small
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.native import library
 from palm_rlhf_pytorch.packed_step import PackedStep
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
 WIDE = 16  # decode.cpp's: a head's size is a multiple of it, and a panel has so many outputs
+SPAN = 512  # decode.cpp's: keys of a row that one task attends to
 ALL = 2**62  # a window that hides nothing
 AS_MANY = 12  # a step of fewer rows takes as long as one of so many: it waits for the weights
 WORTH = 2  # times as many tokens as there are must be drawn for the first layer to be computed of all beforehand
@@ -27,7 +29,7 @@ WORTH = 2  # times as many tokens as there are must be drawn for the first layer
 class Layer(ctypes.Structure):
     """decode.cpp's struct of that name."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("gain", "into", "out")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("gain", "into", "of_attention", "of_ff")]
     _fields_ += [(name, ctypes.c_int64) for name in ("turns", "window")] + [("eps", ctypes.c_double)]
 
 
@@ -38,7 +40,8 @@ class Step(ctypes.Structure):
     STRIDES = ("layer_memory", "turn_place", "turn_head")
     _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES]
     _fields_ += [("layers", ctypes.c_void_p), ("tokens", ctypes.c_void_p), ("computed", ctypes.c_int64)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("lengths", "cos", "sin", "memory", "gain", "to_logits")]
+    _fields_ += [("lengths", ctypes.c_void_p), ("spans", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("cos", "sin", "memory", "gain", "to_logits")]
     _fields_ += [("eps", ctypes.c_double), ("room", ctypes.c_void_p), ("logits", ctypes.c_void_p)]
 
 
@@ -52,10 +55,7 @@ class NativeStep(PackedStep):
 
     def __init__(self, palm: PaLM, rows: int, steps: int = 0):
         self.room = torch.empty(0, dtype=torch.float32, device="cpu")
-        block, tokens = palm.layers[0].fn, palm.num_tokens
-        kept = tokens * (sum(block.fused_dims[:3]) + palm.dim)
-        small = kept <= block.fused_attn_ff_proj.weight.numel()  # what is kept is no more than what it stands for
-        self.computes = small and steps * max(rows, AS_MANY) >= WORTH * tokens
+        self.computes = is_small(palm) and steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
         super().__init__(palm, rows)
 
     @staticmethod
@@ -74,7 +74,12 @@ class NativeStep(PackedStep):
     def _lay_out(self) -> None:
         palm, blocks = self.palm, [layer.fn for layer in self.palm.layers]
         self.kept = []  # what the pointers point to
-        self.computed = first_layer(palm) if self.computes else None
+        weights = [palm.to_logits.weight, *(weight for block in blocks for weight in block.matrices)]
+        self.free = huge_pages.zeros(self.room, sum(filled_up(len(w)) * w.shape[1] for w in weights))
+        self.computed = None
+        if self.computes:  # what the first layer gives (v, qkv + dim): what goes on beside its attention comes last
+            _, qkv, ff = before_attention(palm)
+            self.computed = torch.cat((qkv, palm.token_emb.weight.detach() + ff), dim=-1)
         windows = [palm.sliding_window if windowed else ALL for windowed in palm.windowed]
         layers = [
             self._layer(block, window, self.computes and i == 0)
@@ -85,10 +90,10 @@ class NativeStep(PackedStep):
 
     def _layer(self, block: ParallelTransformerBlock, window: int, computed: bool) -> Layer:
         """A block's weights; of a `computed` one only the way out of its attention."""
-        weights = block.attn_out.weight, block.ff_out[2].weight
-        out = self._panels(weights[0] if computed else torch.cat(weights, dim=-1))
-        into = None if computed else self._panels(block.fused_attn_ff_proj.weight)
-        return Layer(self._gain(block.norm), into, out, block.rotates, window, block.norm.eps)
+        into, of_attention, of_ff = block.matrices
+        weights = (None, of_attention, None) if computed else (into, of_attention, of_ff)
+        panels = (None if weight is None else self._panels(weight) for weight in weights)
+        return Layer(self._gain(block.norm), *panels, block.rotates, window, block.norm.eps)
 
     def _gain(self, norm: LayerNorm) -> int:
         return self._address(norm.gamma.detach() + 1)
@@ -96,7 +101,7 @@ class NativeStep(PackedStep):
     def _panels(self, weight: Tensor) -> int:
         """A weight (o, i) in panels of WIDE outputs, each (i, WIDE)."""
         (outputs, inputs), weight = weight.shape, weight.detach().contiguous()
-        panels = huge_pages.empty(-(-outputs // WIDE), inputs, WIDE)
+        panels, self.free = self.free.tensor_split([filled_up(outputs) * inputs])
         library("decode").pack(
             ctypes.c_void_p(weight.data_ptr()),
             ctypes.c_int64(outputs),
@@ -112,14 +117,11 @@ class NativeStep(PackedStep):
     def _logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         palm, block, rows = self.palm, self.palm.layers[0].fn, len(tokens)
         check_room(cache)
-        attn, kv, _, both = block.fused_dims
+        both = block.fused_dims[-1]
         inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
         turns, lengths = self._turns(cache), cache.lengths.contiguous()
         cos, sin = turns.cos.float(), turns.sin.float()  # by torch's default dtype they may be more
         heads, d = cos.shape[-2:]
-        room = rows * (palm.dim + max(palm.dim, attn + both // 2) + attn + 2 * kv + both)
-        if self.room.numel() < room:
-            self.room = self.room.new_empty(room)
         logits = self.room.new_empty(rows, palm.num_tokens)
         if rows == 0:
             return logits
@@ -128,11 +130,26 @@ class NativeStep(PackedStep):
         step = Step(rows, *widths, len(palm.layers), cache.max_len, *strides)
         step.layers, step.tokens = ctypes.addressof(self.layers), inputs.data_ptr()
         step.computed = self.computed is not None
-        step.lengths, step.cos, step.sin = lengths.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        step.lengths, step.spans = lengths.data_ptr(), -(-(cache.filled + 1) // SPAN)
+        step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
         step.memory, step.gain, step.to_logits = cache.memory.data_ptr(), self.gain, self.to_logits
-        step.eps, step.room, step.logits = palm.norm.eps, self.room.data_ptr(), logits.data_ptr()
+        step.eps, step.room, step.logits = palm.norm.eps, self._room_for(step), logits.data_ptr()
         library("decode").step(ctypes.byref(step))
         return logits
+
+    def _room_for(self, step: Step) -> int:
+        """The address of memory to work in, which is kept."""
+        room_of = library("decode").room_of
+        room_of.restype = ctypes.c_int64
+        needed = room_of(ctypes.byref(step))
+        if self.room.numel() < needed:
+            self.room = self.room.new_empty(needed)
+        return self.room.data_ptr()
+
+
+def filled_up(outputs: int) -> int:
+    """How many outputs whole panels have."""
+    return -(-outputs // WIDE) * WIDE
 
 
 def check_room(cache: KVCache) -> None:
@@ -141,16 +158,6 @@ def check_room(cache: KVCache) -> None:
         raise ValueError(f"the cache's {cache.max_len} positions are taken: reserve(1) makes room for another")
     if cache.memory.dtype != torch.float32:
         raise TypeError(f"a native step is in float32, but the cache is in {cache.memory.dtype}")
-
-
-@torch.no_grad()
-def first_layer(palm: PaLM) -> Tensor:
-    """Of every token what the first layer computes before its attention, and what goes on beside that: queries, keys
-    and values as they are not yet turned, then embedding + feedforward. (v, qkv + dim)
-    """
-    block, embeds = palm.layers[0].fn, palm.token_emb.weight
-    qkv, ff = block._project(block.norm(embeds), None)
-    return torch.cat((qkv, embeds + ff), dim=-1)
 
 
 def packed_step(palm: PaLM, rows: int, steps: int) -> PackedStep:

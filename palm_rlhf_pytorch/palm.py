@@ -19,6 +19,7 @@ from palm_rlhf_pytorch import generation
 from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, narrowed, segment_mask, window_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
+from palm_rlhf_pytorch.first_layer import FirstLayer, KnownTokens
 from palm_rlhf_pytorch.freed_memory import keep_freed_memory
 from palm_rlhf_pytorch.kv_cache import KVCache, Memory
 from palm_rlhf_pytorch.lora import LoraOptions
@@ -128,6 +129,7 @@ class PaLM(PretrainedMixin, nn.Module):
 
         self.finetune_modules = nn.ModuleDict()
         self.lora_options: dict[str, LoraOptions] = {}
+        self.first_layer: FirstLayer | None = None
         scopes = finetune_scopes if isinstance(finetune_scopes, dict) else dict.fromkeys(finetune_scopes)
         for scope, options in scopes.items():
             self.add_finetune_params(scope, **(options if isinstance(options, dict) else {"lora_r": options}))
@@ -234,6 +236,7 @@ class PaLM(PretrainedMixin, nn.Module):
             yield
             return
         saved = []
+        kept, self.first_layer = self.first_layer, None
         try:
             with torch.no_grad():
                 for layer, lora in zip(self.layers, self._lora(scope), strict=True):
@@ -243,6 +246,18 @@ class PaLM(PretrainedMixin, nn.Module):
         finally:
             for weight, before in saved:
                 weight.copy_(before)
+            self.first_layer = kept
+
+    @contextmanager
+    def first_layer_kept(self) -> Iterator[None]:
+        """While the context lasts, what a frozen first layer makes of each token is computed once, if there are few:
+        nobody may write to `.data` of its weights.
+        """
+        before, self.first_layer = self.first_layer, FirstLayer()
+        try:
+            yield
+        finally:
+            self.first_layer = before
 
     def _lora(self, scope: str) -> nn.ModuleList:
         if scope not in self.finetune_modules:
@@ -328,7 +343,12 @@ class PaLM(PretrainedMixin, nn.Module):
             embeds = embeds + extra_embed.to(embeds.dtype)
         alike = ids if extra_kinds is None else ids + self.num_tokens * extra_kinds
         told = extra_embed is None or extra_kinds is not None
-        repeated = repeated_tokens(alike) if told and self._begins_by_token() else None
+        repeated = None
+        if told and self._begins_by_token():
+            if extra_embed is None and self.first_layer is not None:
+                repeated = self.first_layer.known(self, ids, None if lora is None else lora[0])
+            if repeated is None:
+                repeated = repeated_tokens(alike)
         chosen = self._apart(places, repeated)
         if cache is None:
             embeds = self._layers(embeds, mask, lora, repeated, chosen)
@@ -353,7 +373,7 @@ class PaLM(PretrainedMixin, nn.Module):
         made = type(self.token_emb) is nn.Embedding and type(first) is ParallelTransformerBlock
         return made and not first.drops and not hooked(self.token_emb) and not hooked(self.layers[0])
 
-    def _apart(self, wanted: Tensor | None, repeated: RepeatedTokens | None) -> Places | None:
+    def _apart(self, wanted: Tensor | None, repeated: RepeatedTokens | KnownTokens | None) -> Places | None:
         """The True places of wanted (b, n), where the last layer and the norm can be computed there alone: both as they
         were made, for others and hooks may look at every place. A layer that is the first as well reads each token
         once instead.
@@ -371,7 +391,7 @@ class PaLM(PretrainedMixin, nn.Module):
         x: Tensor,
         mask: Tensor | None,
         lora: nn.ModuleList | None,
-        repeated: RepeatedTokens | None,
+        repeated: RepeatedTokens | KnownTokens | None,
         places: Places | None,
     ) -> Tensor:
         n = x.shape[1]
@@ -388,7 +408,7 @@ class PaLM(PretrainedMixin, nn.Module):
             x = self._run(layer, x, visible, own, rotation=rotation, **self._alone(i, repeated, places))
         return x
 
-    def _alone(self, i: int, repeated: RepeatedTokens | None, places: Places | None) -> dict[str, Any]:
+    def _alone(self, i: int, repeated: RepeatedTokens | KnownTokens | None, places: Places | None) -> dict[str, Any]:
         """What layer i alone is told: the first, where tokens are the same; the last, which places are wanted."""
         told = {} if repeated is None or i > 0 else {"repeated": repeated}
         return told if places is None or i < len(self.layers) - 1 else {**told, "places": places}
@@ -409,7 +429,7 @@ class PaLM(PretrainedMixin, nn.Module):
         mask: Tensor | None,
         lora: nn.ModuleList | None,
         cache: Memory,
-        repeated: RepeatedTokens | None,
+        repeated: RepeatedTokens | KnownTokens | None,
         places: Places | None,
     ) -> Tensor:
         if not self.causal:
@@ -426,7 +446,7 @@ class PaLM(PretrainedMixin, nn.Module):
         lora: nn.ModuleList | None,
         cache: Memory,
         first: bool = False,
-        repeated: RepeatedTokens | None = None,
+        repeated: RepeatedTokens | KnownTokens | None = None,
         places: Places | None = None,
     ) -> Tensor:
         """The layers on x (b, n, d), which follows what is cached; their keys and values are stored."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.products import only_computed
+
+if TYPE_CHECKING:
+    from palm_rlhf_pytorch.blocks import ParallelTransformerBlock
+    from palm_rlhf_pytorch.lora import LoRA
 
 LEAST = 256  # places; below, finding out costs more than it may save
 WORTH = 0.75  # of the places are computed at most
@@ -23,6 +28,12 @@ class RepeatedTokens(NamedTuple):
     def once(self, x: Tensor) -> Tensor:
         """x (b, n, d), the same wherever a token is -> (u, d)."""
         return x.flatten(0, 1).index_select(0, self.first)
+
+    def projected(
+        self, block: ParallelTransformerBlock, x: Tensor, lora: Sequence[LoRA] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The block's projections of x (b, n, d), once for each token: (u, ...)."""
+        return block.projected(block.norm(self.once(x)), lora)
 
     def everywhere(self, x: Tensor) -> Tensor:
         """(u, d) -> (b, n, d)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf_pytorch.precision import Unrounded
+from palm_rlhf_pytorch.turning import turned
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rotation:
 class HeadsRotation:
     """What turns queries and keys side by side: cos and sin (n, h, d) or (b, n, h, d), h 1 where all heads agree.
 
-    sin is negated in its first half, so that `rotate_half` is a roll by half a head: one copy instead of two.
+    sin is negated in its first half: see `turned`.
     """
 
     cos: Tensor
@@ -49,7 +50,7 @@ class HeadsRotation:
 
     def rotate(self, qk: Tensor) -> Tensor:
         """qk (b, n, heads + kv_heads, d), turned."""
-        return torch.addcmul(qk * self.cos, qk.roll(qk.shape[-1] // 2, dims=-1), self.sin).to(qk.dtype)
+        return turned(qk, self.cos, self.sin)
 
     def some(self, heads: slice, positions: slice = slice(None)) -> HeadsRotation:
         """What turns some of the heads, at some of the positions."""

@@ -143,7 +143,7 @@ class ProjectSwiGLU(torch.autograd.Function):
         more = len(value) - len(x)
         if more:
             to_first, to_last = (F.pad(t, (0, 0, 0, more)) for t in (to_first, to_last))
-        inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate)
+        inner, to_value, to_gate = swiglu_backward(linear(to_last, out.t()), value, gate, needed[2])
         own, shared, *both = parts(into, out, ctx.width)
         to_x = to_into = to_out = to_besides = None
         if needed[0]:
@@ -176,19 +176,23 @@ def parts(into: Tensor, out: Tensor, width: int) -> tuple[Tensor, ...]:
     return into.split((len(into) - 2 * f - width, width, f, f))
 
 
-def swiglu_backward(to_inner: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """silu(gate) * value again, and its gradients by value and by gate; all (m, f), the last in to_inner's memory."""
-    inner, to_value = torch.empty_like(value), torch.empty_like(value)
+def swiglu_backward(
+    to_inner: Tensor, value: Tensor, gate: Tensor, again: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """silu(gate) * value, `again` if it is needed, and its gradients by value and by gate; all (m, f), the last in
+    to_inner's memory.
+    """
+    inner, to_value = torch.empty_like(value) if again else None, torch.empty_like(value)
     if to_inner.is_contiguous() and in_one_pass(to_inner, value, gate):
-        given, made = pointers(to_inner, value, gate), pointers(inner, to_value)
-        library("swiglu").backward(*given, ctypes.c_int64(value.numel()), *made)
+        n, place = ctypes.c_int64(value.numel()), ctypes.c_void_p(inner.data_ptr() if again else None)
+        library("swiglu").backward(*pointers(to_inner, value, gate), n, place, *pointers(to_value))
         return inner, to_value, to_inner
     rows = max(1, BLOCK // value.shape[-1])
-    for g, v, z, inside, by_value in zip(
-        *(t.split(rows) for t in (to_inner, value, gate, inner, to_value)), strict=True
-    ):
+    for i in range(0, len(value), rows):
+        g, v, z, by_value = (t[i : i + rows] for t in (to_inner, value, gate, to_value))
         silu = F.silu(z)
-        torch.mul(silu, v, out=inside)
+        if again:
+            torch.mul(silu, v, out=inner[i : i + rows])
         torch.mul(silu, g, out=by_value)
         torch.ops.aten.silu_backward.grad_input(g.mul_(v), z, grad_input=g)
     return inner, to_value, to_inner

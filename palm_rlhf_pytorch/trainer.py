@@ -261,9 +261,10 @@ class OnPolicyTrainer:
     def update(self, count: int, max_batch_size: int, options: RolloutOptions, bar: tqdm | None = None) -> Metrics:
         """Roll out `count` prompts and learn from them once."""
         started = time.perf_counter()
-        experience = self.roll_out(count, max_batch_size, options, bar)
-        rolled = time.perf_counter()
-        learned = self.learn(experience, options.temperature)
+        with self.actor_critic.first_layers_kept():
+            experience = self.roll_out(count, max_batch_size, options, bar)
+            rolled = time.perf_counter()
+            learned = self.learn(experience, options.temperature)
         ended = time.perf_counter()
         self.step += 1
         tokens = self._over_all(float(experience.lengths.sum())) * self.accelerate.num_processes

@@ -11,20 +11,12 @@
 
 namespace {
 
-// numbers in a register; rows of a product whose sums, two registers each, stay in registers while it is computed
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TALL = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, TALL = 4;
-#else
-constexpr int LANES = 4, TALL = 8;
-#endif
+constexpr int TALL = LANES == 8 ? 4 : 8; // rows of a product whose sums, two registers each, stay in registers
 constexpr int ROWS = 32; // queries worked on at once,
 constexpr int KEYS = 64; // with so many keys: what they make stays in near caches. fused_attention.py knows it too
 constexpr int STEP = 16; // it divides these two, and is divided by those
 constexpr float LEAST = std::numeric_limits<float>::lowest(); // only -inf is below: a hidden key
 
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 template <int BYTES> struct Half { typedef float type __attribute__((vector_size(BYTES / 2))); };
 
 inline int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

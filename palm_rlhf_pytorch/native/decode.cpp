@@ -2,22 +2,23 @@
 // keys and queries turned, keys and values stored, attention over what each row has, SwiGLU beside it. The plain twin
 // is PackedStep. float32; head sizes are multiples of 16.
 
+#include "attend.h"
 #include "panels.h"
 
-#include <vector>
+#include <atomic>
+
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
 
 namespace {
 
-constexpr int KEYS = 8;      // keys whose scores are computed at once
-constexpr int LINE = 16;     // floats of a cache line
-constexpr int TOGETHER = 16; // keys read before their values are
-constexpr int FETCHED = 32;  // keys, and values, fetched before their turn
-constexpr int BLOCK = 512;   // features of SwiGLU that one task takes
+constexpr int SPAN = 512;  // keys of a row that one task attends to. native_step.py knows it too
+constexpr int BLOCK = 128; // features of SwiGLU that one task takes
 
 // What native_step.py says of a layer, in its order
 struct Layer {
-  const float *gain, *into, *out; // of the norm; (dim, width) and (inner, dim) in panels
-  int64_t turns, window;          // whether places count; keys that a query sees, itself included
+  const float *gain, *into, *of_attention, *of_ff; // of the norm; (dim, width), (attention, dim), (ff, dim) in panels
+  int64_t turns, window; // whether places count; keys that a query sees, itself included
   double eps;
 };
 
@@ -29,34 +30,30 @@ struct Step {
   float* tokens;          // (rows, dim), or with `computed` (rows, qkv + dim), which is worked in
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
   const int64_t* lengths; // (rows), what each has in memory before
+  int64_t spans;          // of SPAN keys that the longest row has then
   const float *cos, *sin; // of every position
   float* memory;          // (depth, rows or more, max_len, 2, kv_heads, d)
   const float *gain, *to_logits;
   double eps;
-  float *room, *logits; // to work in; (rows, vocab)
+  float *room, *logits; // to work in, `room_of` numbers; (rows, vocab)
 
   int64_t attention() const { return heads * d; }
   int64_t slot() const { return 2 * kv_heads * d; }
   int64_t qkv() const { return attention() + slot(); }
   int64_t width() const { return qkv() + 2 * ff; }
-  int64_t inner() const { return attention() + ff; }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t chunks() const { return (group() + HEADS - 1) / HEADS; } // of the heads that share keys
+  int64_t parts() const { return rows * kv_heads * chunks() * spans; } // of attention
+  int64_t widest() const { return std::max({dim, attention(), ff}); }
 };
-
-// first half x, second y -> x cos - y sin, y cos + x sin; the sine's first half comes negated
-void turn(const float* x, const float* cos, const float* sin, int64_t d, float* out) {
-  if (!cos) return void(std::copy_n(x, d, out));
-  const int64_t half = d / 2;
-  for (int64_t c = 0; c < half; c++) out[c] = x[c] * cos[c] + x[c + half] * sin[c];
-  for (int64_t c = half; c < d; c++) out[c] = x[c] * cos[c] + x[c - half] * sin[c];
-}
 
 // the sum of f(x) over n features
 template <typename F> float sum_of(const float* x, int64_t n, F f) {
-  Features sums = {};
-  const int64_t whole = n / WIDE * WIDE;
-  for (int64_t c = 0; c < whole; c += WIDE) sums += f(load<Features>(x + c));
+  Lanes sums = {};
+  const int64_t whole = n / LANES * LANES;
+  for (int64_t c = 0; c < whole; c += LANES) sums += f(load<Lanes>(x + c));
   float sum = 0.0f;
-  for (int i = 0; i < WIDE; i++) sum += sums[i];
+  for (int i = 0; i < LANES; i++) sum += sums[i];
   for (int64_t c = whole; c < n; c++) sum += f(x[c]);
   return sum;
 }
@@ -69,88 +66,10 @@ void normalise(const float* x, const float* gain, double eps, int64_t n, float* 
   for (int64_t c = 0; c < n; c++) out[c * step] = (x[c] - mean) * scale * gain[c];
 }
 
-// scores (n, HEADS) of the keys, and their largest a head; there is room for KEYS - 1 more
-PerHead score(const float* queries, const float* keys, int64_t stride, int64_t n, int64_t d, float* scores) {
-  PerHead most = PerHead{} - INFINITY;
-  for (int64_t j = 0; j < n; j += KEYS) {
-    const float* key[KEYS];
-    for (int i = 0; i < KEYS; i++) key[i] = keys + std::min(j + i, n - 1) * stride; // the last one stands in for none
-    for (int i = 0; i < KEYS; i++)
-      for (int64_t c = 0; c < d; c += LINE) __builtin_prefetch(key[i] + FETCHED * stride + c, 0, 2);
-    PerHead sum[KEYS] = {};
-    for (int64_t c = 0; c < d; c++) {
-      const PerHead q = load<PerHead>(queries + c * HEADS);
-#pragma GCC unroll 8
-      for (int i = 0; i < KEYS; i++) sum[i] += q * key[i][c];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) {
-      store(scores + (j + i) * HEADS, sum[i]);
-      most = sum[i] > most ? sum[i] : most;
-    }
-  }
-  return most;
-}
-
-// WIDE features of every head: what is there (HEADS, d), times `keep`, and the values (n), weighted by (n, HEADS)
-void weigh(const float* weights, const float* values, int64_t stride, int64_t n, PerHead keep, float* out, int64_t d) {
-  Features sum[HEADS];
-#pragma GCC unroll 8
-  for (int h = 0; h < HEADS; h++) sum[h] = load<Features>(out + h * d) * keep[h];
-  for (int64_t j = 0; j < n; j++) {
-    const Features value = load<Features>(values + j * stride);
-    __builtin_prefetch(values + (j + FETCHED) * stride, 0, 2);
-#pragma GCC unroll 8
-    for (int h = 0; h < HEADS; h++) sum[h] += weights[j * HEADS + h] * value;
-  }
-#pragma GCC unroll 8
-  for (int h = 0; h < HEADS; h++) store(out + h * d, sum[h]);
-}
-
-// What a thread works in
-struct Room {
-  std::vector<float> queries, sums; // (d, HEADS), turned and scaled; (HEADS, d), of weighted values
-  float scores[(TOGETHER + KEYS) * HEADS];
-  explicit Room(int64_t d) : queries(d * HEADS), sums(HEADS * d) {}
-};
-
-// up to HEADS heads of one row over the keys (n) and values of one of its key heads: softmax(q k / sqrt(d)) v, with a
-// running maximum (Milakov & Gimelshein, 1805.02867, algorithm 3), so that keys and values are read from memory once
-void attend(const Step& s, const float* q, int64_t heads, const float* cos, const float* sin, const float* keys,
-            int64_t n, float* out, Room& room) {
-  const int64_t d = s.d, stride = s.slot();
-  float* const sums = room.sums.data();
-  std::fill(room.queries.begin(), room.queries.end(), 0.0f);
-  for (int64_t h = 0; h < heads; h++) {
-    const int64_t shift = h * s.turn_head;
-    turn(q + h * d, cos ? cos + shift : nullptr, sin ? sin + shift : nullptr, d, sums);
-    for (int64_t c = 0; c < d; c++) room.queries[c * HEADS + h] = sums[c] / std::sqrt(float(d));
-  }
-  std::fill_n(sums, HEADS * d, 0.0f);
-  PerHead most = PerHead{} - INFINITY, total = {};
-  for (int64_t begin = 0; begin < n; begin += TOGETHER) {
-    const int64_t count = std::min<int64_t>(TOGETHER, n - begin);
-    const float* block = keys + begin * stride;
-    const PerHead found = score(room.queries.data(), block, stride, count, d, room.scores);
-    const PerHead now = found > most ? found : most, keep = exponential(most - now);
-    total *= keep;
-    for (int64_t j = 0; j < count; j++) {
-      const PerHead weight = exponential(load<PerHead>(room.scores + j * HEADS) - now);
-      store(room.scores + j * HEADS, weight);
-      total += weight;
-    }
-    const float* values = block + s.kv_heads * d;
-    for (int64_t c = 0; c < d; c += WIDE) weigh(room.scores, values + c, stride, count, keep, sums + c, d);
-    most = now;
-  }
-  for (int64_t h = 0; h < heads; h++)
-    for (int64_t c = 0; c < d; c++) out[h * d + c] = sums[h * d + c] / total[h];
-}
-
 // y (rows, qkv), `stride` floats apart: keys and values go into a layer's memory
 void remember(const Step& s, const Layer& layer, const float* y, int64_t stride, float* memory) {
   const int64_t kv_width = s.kv_heads * s.d;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t r = 0; r < s.rows; r++) {
     float* kept = memory + (r * s.max_len + s.lengths[r]) * s.slot();
     const float* k = y + r * stride + s.attention();
@@ -162,42 +81,84 @@ void remember(const Step& s, const Layer& layer, const float* y, int64_t stride,
   }
 }
 
-// y (rows, qkv + 2 ff): attention in the place of its queries, SwiGLU in that of its values; `ff` may be 0
-void attend_and_gate(const Step& s, const Layer& layer, float* y, int64_t stride, int64_t ff, const float* memory,
-                     Room& room) {
-  const int64_t group = s.heads / s.kv_heads, chunks = (group + HEADS - 1) / HEADS, attends = s.kv_heads * chunks;
+// values and gates (rows, 2 ff), `stride` apart -> SwiGLU, laid out by `rows`: a thread writes whole lines
+void gate(const float* y, int64_t stride, int64_t ff, const Rows& rows, float* laid) {
   const int64_t blocks = (ff + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < s.rows * (attends + blocks); task++) {
-    // the rows' attention first: it is the longer work
-    if (task < s.rows * attends) {
-      const int64_t r = task / attends, kv = task % attends / chunks, first = kv * group + task % chunks * HEADS;
-      const int64_t heads = std::min<int64_t>(HEADS, (kv + 1) * group - first), end = s.lengths[r] + 1;
-      const int64_t begin = std::max<int64_t>(0, end - layer.window);
-      const int64_t shift = s.lengths[r] * s.turn_place + first * s.turn_head;
-      float* q = y + r * stride + first * s.d;
-      attend(s, q, heads, layer.turns ? s.cos + shift : nullptr, layer.turns ? s.sin + shift : nullptr,
-             memory + (r * s.max_len + begin) * s.slot() + kv * s.d, end - begin, q, room);
-    } else {
-      const int64_t rest = task - s.rows * attends, r = rest / blocks, c = rest % blocks * BLOCK;
-      float* value = y + r * stride + s.qkv() + c;
-      swiglu(value, value + ff, std::min<int64_t>(BLOCK, ff - c), value);
-    }
-  }
-}
-
-// what these left in y (rows, `stride` apart) -> inner (attention + ff), laid out by `rows`: a thread writes whole lines
-void lay_out(const Step& s, const float* y, int64_t stride, int64_t ff, const Rows& rows, float* inner) {
-  const int64_t features = s.attention() + ff, chunks = (features + LINE - 1) / LINE;
 #pragma omp for schedule(static) collapse(2)
   for (int64_t first = 0; first < rows.count; first += rows.size)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      const int64_t many = rows.of_block(first);
-      for (int64_t c = chunk * LINE; c < std::min(features, (chunk + 1) * LINE); c++) {
-        const float* from = y + first * stride + (c < s.attention() ? c : c + s.slot());
-        for (int64_t r = 0; r < many; r++) inner[first * features + c * many + r] = from[r * stride];
+    for (int64_t block = 0; block < blocks; block++) {
+      const int64_t many = rows.of_block(first), c = block * BLOCK, n = std::min<int64_t>(BLOCK, ff - c);
+      for (int64_t r = 0; r < many; r++) {
+        alignas(64) float gated[BLOCK];
+        const float* value = y + (first + r) * stride + c;
+        swiglu(value, value + ff, n, gated);
+        for (int64_t i = 0; i < n; i++) laid[first * ff + (c + i) * many + r] = gated[i];
       }
     }
+}
+
+// A part of attention: some heads of a row, over one of its spans of keys. Spans begin where the row's window does.
+struct Part {
+  int64_t row, kv, first, heads, span, begin, end; // the first of the heads; keys
+  Part(const Step& s, const Layer& layer, int64_t task) : row(task / s.spans / s.chunks() / s.kv_heads), span(task % s.spans) {
+    const int64_t chunk = task / s.spans % s.chunks(), length = s.lengths[row] + 1;
+    kv = task / s.spans / s.chunks() % s.kv_heads, first = kv * s.group() + chunk * HEADS;
+    heads = std::min<int64_t>(HEADS, (kv + 1) * s.group() - first);
+    begin = std::max<int64_t>(0, length - layer.window) + span * SPAN, end = std::min<int64_t>(length, begin + SPAN);
+  }
+};
+
+// queries in y (rows, ...), `stride` apart -> what each part makes of its keys
+void attend(const Step& s, const Layer& layer, const float* y, int64_t stride, const float* memory, int64_t task, Room& room,
+            float* parts) {
+  const Part part(s, layer, task);
+  if (part.begin >= part.end) return;
+  const int64_t shift = s.lengths[part.row] * s.turn_place + part.first * s.turn_head;
+  const float* keys = memory + (part.row * s.max_len + part.begin) * s.slot() + part.kv * s.d;
+  attend(y + part.row * stride + part.first * s.d, part.heads, layer.turns ? s.cos + shift : nullptr,
+         layer.turns ? s.sin + shift : nullptr, s.turn_head, Places(keys, s.slot(), s.kv_heads * s.d, s.d),
+         part.end - part.begin, room, Attended(parts + task * Attended::size(s.d), s.d));
+}
+
+// what the parts of a row's attention make together -> (rows, attention), laid out by `rows`
+void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, float* laid) {
+#pragma omp for schedule(static) collapse(2)
+  for (int64_t first = 0; first < rows.count; first += rows.size)
+    for (int64_t head = 0; head < s.heads; head++)
+      for (int64_t r = first; r < first + rows.of_block(first); r++) {
+        const int64_t many = rows.of_block(first), of_keys = head / s.group(), h = head % s.group() % HEADS;
+        const int64_t task = ((r * s.kv_heads + of_keys) * s.chunks() + head % s.group() / HEADS) * s.spans;
+        const int64_t seen = std::min(layer.window, s.lengths[r] + 1), spans = (seen + SPAN - 1) / SPAN;
+        const auto part = [&](int64_t span) { return Attended(parts + (task + span) * Attended::size(s.d), s.d); };
+        float most = -INFINITY, total = 0.0f;
+        for (int64_t i = 0; i < spans; i++) most = std::max(most, part(i).most[h]);
+        for (int64_t i = 0; i < spans; i++) total += std::exp(part(i).most[h] - most) * part(i).totals[h];
+        float* const to = laid + first * s.attention() + head * s.d * many + r - first;
+        for (int64_t i = 0; i < spans; i++) {
+          const float times = std::exp(part(i).most[h] - most) / total, *values = part(i).values + h * s.d;
+          for (int64_t c = 0; c < s.d; c++) to[c * many] = (i ? to[c * many] : 0.0f) + times * values[c];
+        }
+      }
+}
+
+// Tasks of two kinds, by the threads of a region: those of the one compute and those of the other wait for memory, so
+// half of the threads begin with each, and nobody waits for the others until all is done. A thread takes neighbours
+// together, fewer and fewer of them: what is fetched before its turn then seldom is another thread's.
+template <typename One, typename Other>
+void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others, Other other) {
+  const auto take = [](std::atomic<int64_t>& next, int64_t count, const auto& run) {
+    for (int64_t from = next; from < count;) {
+      const int64_t some = std::max<int64_t>(1, (count - from) / (2 * omp_get_num_threads()));
+      if (!next.compare_exchange_weak(from, from + some)) continue;
+      for (int64_t task = from; task < from + some; task++) run(task);
+      from = next;
+    }
+  };
+  const bool begins = omp_get_thread_num() % 2;
+  for (const bool second : {begins, !begins})
+    if (second) take(next[1], others, other);
+    else take(next[0], ones, one);
+#pragma omp barrier
 }
 
 } // namespace
@@ -213,10 +174,15 @@ extern "C" void pack(const float* weight, int64_t outputs, int64_t inputs, float
       }
 }
 
+extern "C" int64_t room_of(const Step* s) {
+  return s->parts() * Attended::size(s->d) + s->rows * (s->dim + s->widest() + s->width());
+}
+
 extern "C" void step(const Step* given) {
   const Step& s = *given;
   const Rows rows(s.rows);
-  float *x = s.room, *laid = x + s.rows * s.dim, *y = laid + s.rows * std::max(s.dim, s.inner());
+  float *parts = s.room, *x = parts + s.parts() * Attended::size(s.d), *laid = x + s.rows * s.dim, *y = laid + s.rows * s.widest();
+  std::atomic<int64_t> next[2];
 #pragma omp parallel
   {
     Room room(s.d);
@@ -233,20 +199,24 @@ extern "C" void step(const Step* given) {
     for (int64_t i = 0; i < s.depth; i++) {
       const Layer& layer = s.layers[i];
       const bool computed = s.computed && i == 0;
-      float* projected = computed ? s.tokens : y;
+      float *projected = computed ? s.tokens : y, *memory = s.memory + i * s.layer_memory;
       const int64_t stride = computed ? given_width : s.width(), ff = computed ? 0 : s.ff;
-      float* memory = s.memory + i * s.layer_memory;
       if (!computed) {
         normed(layer.gain, layer.eps);
-        product(laid, rows, layer.into, s.dim, s.width(), nullptr, y);
+        Product{laid, rows, layer.into, s.dim, s.width(), nullptr, y}.shared();
       }
+#pragma omp single nowait
+      next[0] = next[1] = 0;
       remember(s, layer, projected, stride, memory);
-      attend_and_gate(s, layer, projected, stride, ff, memory, room);
-      lay_out(s, projected, stride, ff, rows, laid);
-      product(laid, rows, layer.out, s.attention() + ff, s.dim, x, x);
+      gate(projected + s.qkv(), stride, ff, rows, laid);
+      const Product of_ff{laid, rows, layer.of_ff, ff, s.dim, x, x};
+      by_turns(next, s.parts(), [&](int64_t task) { attend(s, layer, projected, stride, memory, task, room, parts); },
+               ff ? of_ff.tasks() : 0, of_ff);
+      unite(s, layer, parts, rows, laid);
+      Product{laid, rows, layer.of_attention, s.attention(), s.dim, x, x}.shared();
     }
     normed(s.gain, s.eps);
-    product(laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits);
+    Product{laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits}.shared();
   }
 }
 

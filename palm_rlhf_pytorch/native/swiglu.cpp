@@ -18,11 +18,11 @@ template <typename V> inline void put(float* to, V value) {
   else store(to, value);
 }
 
-template <typename V> inline void gradients(float* to_inner, const float* value, const float* gate, float* inner, float* to_value) {
-  const V g = at<V>(to_inner), v = at<V>(value), z = at<V>(gate), s = sigmoid(z), silu = z * s;
-  put(inner, silu * v);
-  put(to_value, silu * g);
-  put(to_inner, g * v * s * (1.0f + z * (1.0f - s)));
+template <typename V> inline void gradients(float* to_inner, const float* value, const float* gate, float* inner, float* to_value, int64_t i) {
+  const V g = at<V>(to_inner + i), v = at<V>(value + i), z = at<V>(gate + i), s = sigmoid(z), silu = z * s;
+  if (inner) put(inner + i, silu * v);
+  put(to_value + i, silu * g);
+  put(to_inner + i, g * v * s * (1.0f + z * (1.0f - s)));
 }
 
 } // namespace
@@ -33,10 +33,10 @@ extern "C" void forward(const float* value, const float* gate, int64_t rows, int
   for (int64_t r = 0; r < rows; r++) swiglu(value + r * stride, gate + r * stride, n, out + r * n);
 }
 
-// to_inner, value and gate (n) -> inner again, its gradient by value, and in place of to_inner that by gate
+// to_inner, value and gate (n) -> inner again, where it is wanted, its gradient by value, and in place of to_inner that by gate
 extern "C" void backward(float* to_inner, const float* value, const float* gate, int64_t n, float* inner, float* to_value) {
-  const int64_t whole = n / WIDE * WIDE;
+  const int64_t whole = n / LANES * LANES;
 #pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < whole; i += WIDE) gradients<Features>(to_inner + i, value + i, gate + i, inner + i, to_value + i);
-  for (int64_t i = whole; i < n; i++) gradients<float>(to_inner + i, value + i, gate + i, inner + i, to_value + i);
+  for (int64_t i = 0; i < whole; i += LANES) gradients<Lanes>(to_inner, value, gate, inner, to_value, i);
+  for (int64_t i = whole; i < n; i++) gradients<float>(to_inner, value, gate, inner, to_value, i);
 }

@@ -9,11 +9,18 @@
 
 namespace {
 
-constexpr int WIDE = 16; // features computed at once
-constexpr int HEADS = 8; // heads computed at once, all on the same keys
+// numbers in a register
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
-typedef float Features __attribute__((vector_size(WIDE * sizeof(float))));
-typedef float PerHead __attribute__((vector_size(HEADS * sizeof(float))));
+constexpr int WIDE = 16, PARTS = WIDE / LANES; // outputs of a panel, features worked on at once; registers that hold them
+
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 
 // as many whole numbers
 template <typename V> struct Ints { typedef int32_t type __attribute__((vector_size(sizeof(V)))); };
@@ -25,19 +32,29 @@ template <typename V> inline V load(const float* from) {
 }
 template <typename V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
-// e^x to 1e-7 of it, of x from -87 to 88 (beyond, of these): 2^k e^r with |r| <= ln(2) / 2, and a Taylor polynomial of degree 7
+// from here on in a register: GCC would read what is used several times from memory as often
+inline void hold(Lanes& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
+// e^x to 1e-7 of it, of x from -87 to 88 (beyond, of these): 2^k e^r with |r| <= ln(2) / 2; of e^r = 1 + r + r^2 p(r) the
+// polynomial p, of degree 4, is fitted on Chebyshev's points and errs by 4e-9
 template <typename V> inline V exponential(V x) {
   typedef typename Ints<V>::type I;
   x = x < -87.0f ? V{} - 87.0f : x;
   x = x > 88.0f ? V{} + 88.0f : x;
-  const V scaled = x * 1.44269504088896341f;
-  const I k = __builtin_convertvector(scaled + (scaled < 0.0f ? V{} - 0.5f : V{} + 0.5f), I);
-  const V whole = __builtin_convertvector(k, V);
+  const V shifted = x * 1.44269504088896341f + 12582912.0f; // 1.5 * 2^23: what is below 1 is rounded away, k is left
+  const V whole = shifted - 12582912.0f;
   const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  V sum = V{} + 1.9841270e-4f;
-  for (const float c : {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f})
-    sum = sum * r + c;
-  const I bits = (k + 127) << 23;
+  V sum = V{} + 1.37512791e-3f;
+  for (const float c : {8.36895178e-3f, 4.16695387e-2f, 1.66665182e-1f, 4.99999886e-1f, 1.0f, 1.0f}) sum = sum * r + c;
+  I bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);
   V power;
   std::memcpy(&power, &bits, sizeof power);
   return sum * power;
@@ -46,9 +63,9 @@ template <typename V> inline V exponential(V x) {
 // silu(gate) * value, n features
 inline void swiglu(const float* value, const float* gate, int64_t n, float* out) {
   int64_t c = 0;
-  for (; c + WIDE <= n; c += WIDE) {
-    const Features z = load<Features>(gate + c);
-    store(out + c, load<Features>(value + c) * (z / (1.0f + exponential(-z))));
+  for (; c + LANES <= n; c += LANES) {
+    const Lanes z = load<Lanes>(gate + c);
+    store(out + c, load<Lanes>(value + c) * (z / (1.0f + exponential(-z))));
   }
   for (; c < n; c++) out[c] = value[c] * (gate[c] / (1.0f + std::exp(-gate[c])));
 }

@@ -1,0 +1,84 @@
+"""Queries and keys, all heads of a layer, turned by their places: on a CPU in one pass of C++ (native/rotary.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.products import only_computed
+
+SMALL = 2**14  # numbers; below, a call outside of torch does not pay
+
+
+class Call(ctypes.Structure):
+    """rotary.cpp's struct of that name."""
+
+    SIZES = ("b", "n", "heads", "d", "x_b", "x_n", "x_head", "turn_b", "turn_n", "turn_head")
+    _fields_ = [(name, ctypes.c_int64) for name in SIZES]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("x", "cos", "sin", "out")]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (b, n, h, d); cos and sin (n, h, d) or (b, n, h, d), where h may be 1, sin negated in its first half -> pairs
+    (x, y) of the halves become (x cos - y sin, y cos + x sin). (b, n, h, d)
+    """
+    if not fits(x, cos, sin):
+        return by_formula(x, cos, sin)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return Turned.apply(x, cos, sin)
+    return in_one_pass("forward", x, cos, sin)
+
+
+def by_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`turned` in torch's operations. The halves change places by a roll: one copy instead of two."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether C++ can do this, and is the faster way."""
+    given = (x, cos, sin)
+    if not only_computed(*given) or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in given):
+        return False
+    if x.numel() < SMALL or any(t.stride(-1) != 1 for t in given) or cos.requires_grad or sin.requires_grad:
+        return False
+    (b, n, h, d), shape = x.shape, cos.shape
+    if (
+        shape != sin.shape
+        or shape[-3:] not in [(n, heads, d) for heads in (1, h)]
+        or shape[:-3] not in [(), (1,), (b,)]
+    ):
+        return False
+    return cos.stride() == sin.stride() and library("rotary") is not None
+
+
+class Turned(torch.autograd.Function):
+    """`turned` with its gradient, which is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return in_one_pass("forward", x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled() or not fits(
+            gradient, cos, sin
+        ):  # second derivatives, or a sum's: one number for all
+            half = sin.shape[-1] // 2
+            return gradient * cos + (gradient * sin).roll(half, dims=-1), None, None
+        return in_one_pass("backward", gradient, cos, sin), None, None
+
+
+def in_one_pass(way: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A call of C++."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    strides = (0 if size == 1 else stride for size, stride in zip(cos.shape[-3:-1], cos.stride()[-3:-1], strict=True))
+    of_row = cos.stride(0) if cos.ndim == 4 and len(cos) > 1 else 0
+    pointers = (t.data_ptr() for t in (x, cos, sin, out))
+    getattr(library("rotary"), way)(ctypes.byref(Call(*x.shape, *x.stride()[:3], of_row, *strides, *pointers)))
+    return out
