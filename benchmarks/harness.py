@@ -159,7 +159,7 @@ def three(value: float) -> str:
 
 
 def machine() -> str:
-    """Processor, cores, last cache, memory, GPU and torch in one line."""
+    """Processor and its vectors, cores, last cache, memory, GPU and torch in one line."""
     import torch  # here: the drivers otherwise leave torch to their workers
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -167,7 +167,8 @@ def machine() -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    parts = [names[0] if names else platform.processor(), f"{os.cpu_count()} cores"]
+    processor = names[0] if names else platform.processor()
+    parts = [f"{processor} ({torch.backends.cpu.get_cpu_capability()})", f"{os.cpu_count()} cores"]
     parts += [f"last cache {int(caches[-1].read_text().strip()[:-1]) // 1024} MiB"] if caches else []
     parts.append(f"{memory:.0f} GiB")
     if torch.cuda.is_available():

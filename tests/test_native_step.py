@@ -105,6 +105,48 @@ def test_many_keys_and_a_cache_that_grows():
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+LONG = (
+    {"kv_heads": 2, "dim_head": 48},
+    {"heads": 9},
+    {"sliding_window": 600},
+    {"sliding_window": 513, "use_xpos": False},
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+@pytest.mark.parametrize("keywords", LONG)
+def test_rows_of_one_span_of_keys_and_of_several(keywords, make_step):
+    """1,023 keys are two spans, the next token's 1,024 too, and then there are three."""
+    palm = new_palm(dim=16, depth=2, **keywords)
+    lengths = [1, 510, 511, 512, 1022, 1100]
+    ids = torch.arange(len(lengths) * 1100).view(len(lengths), -1) % 50
+    found = []
+    for make in (make_step, PackedStep):
+        cache = palm.new_cache(len(lengths), 1104)
+        mask = torch.arange(1100) < torch.tensor(lengths)[:, None]
+        palm(ids, mask=mask, cache=cache, return_only_embedding=True)
+        step = make(palm, len(lengths))
+        for i in range(4):
+            found.append(step((torch.arange(len(lengths)) + i) % 50, cache))
+            cache.advance(1, 1)
+    torch.testing.assert_close(torch.stack(found[:4]), torch.stack(found[4:]), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_same_bits_by_any_number_of_threads(threads):
+    palm = new_palm(kv_heads=2)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (2, threads):
+            torch.set_num_threads(count)
+            found.append(logits(palm, NativeStep, [3, 30, 17, 1, 8]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @torch.no_grad()
 def test_scores_far_apart_and_large():
     palm = new_palm(depth=1)

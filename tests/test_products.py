@@ -145,12 +145,13 @@ def test_swiglu_with_rows_filled_up(monkeypatch, trained):
 @pytest.mark.parametrize(
     "cpuinfo, expected",
     [
-        ("vendor_id\t: AuthenticAMD\n", True),
-        ("vendor_id\t: GenuineIntel\n", False),
-        ("CPU implementer\t: 0x41\n", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fma avx2 avx512f\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fma avx2\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fma avx2 avx512f\n", False),
+        ("CPU implementer\t: 0x41\nFeatures\t: avx512f\n", False),
     ],
 )
-def test_the_vendor_decides(monkeypatch, tmp_path, cpuinfo, expected):
+def test_the_processor_decides(monkeypatch, tmp_path, cpuinfo, expected):
     monkeypatch.undo()  # the function itself
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + cpuinfo)
     monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")

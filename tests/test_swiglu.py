@@ -69,8 +69,14 @@ def test_one_pass_is_the_formula(both_ways, n):
     torch.testing.assert_close(*both_ways(swiglu.gated, value, gate), rtol=1e-5, atol=1e-6)
     wide = torch.randn(2, 3, 2 * n + 7)  # as it comes out of the block's projection
     torch.testing.assert_close(*both_ways(swiglu.gated, wide[..., 7 : n + 7], wide[..., n + 7 :]), rtol=1e-5, atol=1e-6)
-    for a, b in zip(*both_ways(swiglu.swiglu_backward, torch.randn(5, n), value, gate), strict=True):
+    to_inner = torch.randn(5, n)
+    for a, b in zip(*both_ways(swiglu.swiglu_backward, to_inner, value, gate), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    once = both_ways(lambda *given: swiglu.swiglu_backward(*given, again=False), to_inner, value, gate)
+    for inner, to_value, to_gate in once:  # the same, but for what is not asked for
+        assert inner is None
+        for a, b in zip((to_value, to_gate), swiglu.swiglu_backward(to_inner.clone(), value, gate)[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_one_pass_far_from_zero(both_ways):

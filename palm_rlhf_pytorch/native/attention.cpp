@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int TALL = LANES == 8 ? 4 : 8; // rows of a product whose sums, two registers each, stay in registers
+// rows of a product whose sums stay in registers, and how many registers each has of them at most
+constexpr int TALL = LANES == 8 ? 4 : 8, MOST = LANES == 8 ? 3 : 2;
 constexpr int ROWS = 32; // queries worked on at once,
 constexpr int KEYS = 64; // with so many keys: what they make stays in near caches. fused_attention.py knows it too
 constexpr int STEP = 16; // it divides these two, and is divided by those
@@ -55,7 +56,7 @@ inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int
   for (int64_t t = 0; t < depth; t++) {
     Lanes x[N];
 #pragma GCC unroll 8
-    for (int c = 0; c < N; c++) x[c] = load<Lanes>(b + t * b_row + c * LANES);
+    for (int c = 0; c < N; c++) hold(x[c] = load<Lanes>(b + t * b_row + c * LANES));
 #pragma GCC unroll 8
     for (int i = 0; i < TALL; i++)
 #pragma GCC unroll 8
@@ -71,13 +72,17 @@ inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int
 inline __attribute__((always_inline)) void multiply(const float* a, int64_t row, int64_t step, const float* b,
                                                     int64_t b_row, int64_t depth, float* out, int64_t out_row,
                                                     int64_t m, int64_t n, bool add) {
-  for (int64_t c = 0; c < n; c += 2 * LANES)
+  for (int64_t c = 0, some; c < n; c += some * LANES) {
+    const int64_t left = (n - c) / LANES;
+    some = left == MOST + 1 ? 2 : std::min<int64_t>(left, MOST);
     for (int64_t i = 0; i < m; i += TALL) {
       const float* from = a + i * row;
       float* to = out + i * out_row + c;
-      if (c + LANES < n) tile<2>(from, row, step, b + c, b_row, depth, to, out_row, add);
+      if (some == MOST) tile<MOST>(from, row, step, b + c, b_row, depth, to, out_row, add);
+      else if (some == 2) tile<2>(from, row, step, b + c, b_row, depth, to, out_row, add);
       else tile<1>(from, row, step, b + c, b_row, depth, to, out_row, add);
     }
+  }
 }
 
 // what an operation makes of all lanes: of both halves, and of the halves of that
