@@ -65,7 +65,8 @@ class FirstLayer:
 
     def __init__(self) -> None:
         self.tokens: Tokens | None = None
-        self.made_of: list[tuple[int, int]] = []
+        self.made_of: tuple[Tensor, ...] = ()  # kept, so that no other tensor can take their places
+        self.written: list[tuple[int, int, int]] = []
 
     def known(self, palm: PaLM, ids: Tensor, lora: Sequence[LoRA] | None) -> KnownTokens | None:
         """What is kept, for places `ids` (b, n); None where it does not fit or does not pay."""
@@ -78,8 +79,8 @@ class FirstLayer:
             return None
         if palm.num_tokens > WORTH * ids.numel() or not is_small(palm):
             return None
-        made_of = [(w.data_ptr(), w._version) for w in weights]
-        if self.tokens is None or made_of != self.made_of:
+        written = [(id(w), w.data_ptr(), w._version) for w in weights]
+        if self.tokens is None or written != self.written:
             with torch.inference_mode(False):  # for those who will learn with it
-                self.tokens, self.made_of = before_attention(palm), made_of
+                self.tokens, self.made_of, self.written = before_attention(palm), weights, written
         return KnownTokens(ids, self.tokens)

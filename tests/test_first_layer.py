@@ -95,14 +95,22 @@ def changed_in_place(palm):
 
 def exchanged(palm):
     into = palm.layers[0].fn.fused_attn_ff_proj
-    into.weight = torch.nn.Parameter(into.weight * 2, requires_grad=False)
+    new = torch.nn.Parameter(into.weight * 2, requires_grad=False)
+    while new._version < into.weight._version:  # as often written to
+        new.mul_(1.0)
+    into.weight = new
+
+
+def put_elsewhere(palm):
+    into = palm.layers[0].fn.fused_attn_ff_proj
+    into.weight.data = into.weight * 2
 
 
 def loaded(palm):
     palm.load_state_dict({name: t * 2 for name, t in palm.state_dict().items()})
 
 
-@pytest.mark.parametrize("change", [changed_in_place, exchanged, loaded])
+@pytest.mark.parametrize("change", [changed_in_place, exchanged, put_elsewhere, loaded])
 def test_written_weights_are_noticed(change, made):
     palm = frozen(adapters=False)
     with torch.no_grad(), palm.first_layer_kept():
@@ -191,12 +199,19 @@ def test_what_is_kept_takes_no_more_than_the_weights():
 
 @pytest.mark.parametrize(
     "keywords, many",
-    [({}, 1), ({"actor_lora": False}, 1), ({"actor_lora": False, "critic_lora": False}, 1)],
+    [
+        ({}, 1),  # one trunk for all
+        ({"critic": True}, 2),
+        ({"critic": True, "critic_lora": False}, 1),
+        ({"actor_lora": False, "critic_lora": False}, 1),  # the reference, a copy
+        ({"actor_lora": False, "critic": True}, 2),
+    ],
 )
 def test_an_actor_s_frozen_models(keywords, many):
-    actor_critic = tiny_actor_critic(**keywords)
+    own = {"critic": tiny_palm(seed=1)} if "critic" in keywords else {}
+    actor_critic = tiny_actor_critic(**{**keywords, **own})
     palms = actor_critic.frozen_palms
-    assert actor_critic.reference_palm in palms
+    assert actor_critic.reference_palm in palms and len(palms) == many
     trained = {id(p) for p in (*actor_critic.actor_parameters(), *actor_critic.critic_parameters())}
     for palm in palms:
         assert not trained & {id(p) for p in palm.palm_parameters()}
