@@ -68,6 +68,10 @@ class FirstLayer:
         self.made_of: tuple[Tensor, ...] = ()  # kept, so that no other tensor can take their places
         self.written: list[tuple[int, int, int]] = []
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Copies and files of a model keep nothing: nobody would answer for them."""
+        return type(None), ()
+
     def known(self, palm: PaLM, ids: Tensor, lora: Sequence[LoRA] | None) -> KnownTokens | None:
         """What is kept, for places `ids` (b, n); None where it does not fit or does not pay."""
         block = palm.layers[0].fn

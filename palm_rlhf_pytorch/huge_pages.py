@@ -26,7 +26,10 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
     size = prod(shape) * like.element_size()
     if size < FEWEST * PAGE or like.device.type != "cpu" or sys.platform != "linux" or not only_computed(like):
         return like.new_zeros(shape)
-    memory = mmap.mmap(-1, (-(-size // PAGE) + 1) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, (-(-size // PAGE) + 1) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # there is not so much: torch says so in its own way
+        return like.new_zeros(shape)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE  # of the first whole page

@@ -48,9 +48,10 @@ class Step(ctypes.Structure):
 class NativeStep(PackedStep):
     """`PackedStep` with weights in panels of 16 outputs, read once a step, and nothing of Python between the products.
 
-    The bits of a row's logits do not depend on the other rows. Where `steps` promises enough tokens of a vocabulary
-    that is small beside a layer, what the first layer makes of each before its attention is computed beforehand, for
-    it depends on nothing else.
+    The bits of a row's logits do not depend on the other rows of the step, nor on the number of threads. Where `steps`
+    promises enough tokens of a vocabulary that is small beside a layer, what the first layer makes of each before its
+    attention is computed beforehand, for it depends on nothing else; that is torch's work, which may round otherwise
+    with other threads.
     """
 
     def __init__(self, palm: PaLM, rows: int, steps: int = 0):
@@ -116,7 +117,7 @@ class NativeStep(PackedStep):
 
     def _logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         palm, block, rows = self.palm, self.palm.layers[0].fn, len(tokens)
-        check_room(cache)
+        check_room(cache, palm)
         both = block.fused_dims[-1]
         inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
         turns, lengths = self._turns(cache), cache.lengths.contiguous()
@@ -152,8 +153,11 @@ def filled_up(outputs: int) -> int:
     return -(-outputs // WIDE) * WIDE
 
 
-def check_room(cache: KVCache) -> None:
+def check_room(cache: KVCache, palm: PaLM) -> None:
     """Refuse what would be written behind, or as something else."""
+    own = (len(palm.layers), 2, palm.kv_heads, palm.dim_head)
+    if (given := (len(cache.memory), *cache.memory.shape[3:])) != own:
+        raise ValueError(f"a cache (layers, 2, key heads, head size) of {given} is not this model's, which is {own}")
     if cache.filled >= cache.max_len:
         raise ValueError(f"the cache's {cache.max_len} positions are taken: reserve(1) makes room for another")
     if cache.memory.dtype != torch.float32:

@@ -47,6 +47,7 @@ class PaLM(PretrainedMixin, nn.Module):
     map names to LoRA ranks, or to keywords of `add_finetune_params`.
     """
 
+    first_layer: FirstLayer | None = None  # while it is kept
     _version = 2  # in state dicts: weights of ours need no guess at the generation
 
     @beartype
@@ -129,7 +130,6 @@ class PaLM(PretrainedMixin, nn.Module):
 
         self.finetune_modules = nn.ModuleDict()
         self.lora_options: dict[str, LoraOptions] = {}
-        self.first_layer: FirstLayer | None = None
         scopes = finetune_scopes if isinstance(finetune_scopes, dict) else dict.fromkeys(finetune_scopes)
         for scope, options in scopes.items():
             self.add_finetune_params(scope, **(options if isinstance(options, dict) else {"lora_r": options}))
@@ -227,6 +227,7 @@ class PaLM(PretrainedMixin, nn.Module):
         """Make the adapters of a scope part of the weights for good, and drop the scope."""
         for layer, lora in zip(self.layers, self._lora(scope), strict=True):
             layer.fn.merge_lora(lora)
+        self.first_layer = None if self.first_layer is None else FirstLayer()  # these were other weights
         self.remove_finetune_params(scope)
 
     @contextmanager

@@ -44,7 +44,8 @@ def only_computed(*tensors: Tensor) -> bool:
         return False
     if _get_current_dispatch_mode() is not None:
         return False
-    return all(type(t) in KINDS and not torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+    return all(type(t) in KINDS and not any(is_so(t) for is_so in wrapped) for t in tensors)
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:

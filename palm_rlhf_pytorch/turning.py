@@ -43,7 +43,13 @@ def fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     given = (x, cos, sin)
     if not only_computed(*given) or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in given):
         return False
-    if x.numel() < SMALL or any(t.stride(-1) != 1 for t in given) or cos.requires_grad or sin.requires_grad:
+    if (
+        x.ndim != 4
+        or x.numel() < SMALL
+        or any(t.stride(-1) != 1 for t in given)
+        or cos.requires_grad
+        or sin.requires_grad
+    ):
         return False
     (b, n, h, d), shape = x.shape, cos.shape
     if (
@@ -52,7 +58,12 @@ def fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         or shape[:-3] not in [(), (1,), (b,)]
     ):
         return False
-    return cos.stride() == sin.stride() and library("rotary") is not None
+    return steps(cos) == steps(sin) and library("rotary") is not None
+
+
+def steps(t: Tensor) -> list[int]:
+    """A tensor's strides, 0 where there is nowhere to step to."""
+    return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
 
 
 class Turned(torch.autograd.Function):
@@ -77,8 +88,7 @@ class Turned(torch.autograd.Function):
 def in_one_pass(way: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A call of C++."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    strides = (0 if size == 1 else stride for size, stride in zip(cos.shape[-3:-1], cos.stride()[-3:-1], strict=True))
-    of_row = cos.stride(0) if cos.ndim == 4 and len(cos) > 1 else 0
+    of_turns = [0, *steps(cos)][-4:-1]  # of rows, places and heads
     pointers = (t.data_ptr() for t in (x, cos, sin, out))
-    getattr(library("rotary"), way)(ctypes.byref(Call(*x.shape, *x.stride()[:3], of_row, *strides, *pointers)))
+    getattr(library("rotary"), way)(ctypes.byref(Call(*x.shape, *x.stride()[:3], *of_turns, *pointers)))
     return out

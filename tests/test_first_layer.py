@@ -1,5 +1,8 @@
 """What a frozen first layer makes of each token is kept through an update: the same results and gradients."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny import TRAIN, tiny_actor_critic, tiny_palm, tiny_trainer
@@ -140,6 +143,28 @@ def test_merged_adapters_are_other_weights(made):
         torch.testing.assert_close(merged, palm(IDS, finetune_scope="a"), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-4)
     assert palm.first_layer is None and not torch.allclose(plain, merged)
+
+
+def test_adapters_merged_for_good_are_other_weights(made):
+    palm = frozen()
+    with torch.no_grad(), palm.first_layer_kept():
+        palm(IDS)
+        expected = palm(IDS, finetune_scope="a")
+        palm.merge_finetune_params("a")
+        torch.testing.assert_close(palm(IDS), expected, rtol=1e-4, atol=1e-4)
+    assert len(made) == 2
+
+
+def test_copies_and_files_keep_nothing():
+    palm = frozen()
+    with torch.no_grad(), palm.first_layer_kept():
+        palm(IDS)
+        copies = deepcopy(palm), pickle.loads(pickle.dumps(palm))
+        assert palm.first_layer.tokens is not None
+    for copy in copies:
+        assert copy.first_layer is None and torch.equal(copy(IDS), palm(IDS))
+    del copies[0].__dict__["first_layer"]  # as in a file of an earlier version
+    assert torch.equal(copies[0](IDS), palm(IDS))
 
 
 def test_contexts_nest():

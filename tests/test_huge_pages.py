@@ -61,6 +61,14 @@ def test_a_kernel_without_them(monkeypatch):
     assert huge_pages.zeros(torch.empty(0), ENOUGH // 4).fill_(1.0).sum() == ENOUGH // 4
 
 
+def test_without_so_much_memory(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(huge_pages.mmap, "mmap", refuse)
+    assert not huge_pages.zeros(torch.empty(0), ENOUGH // 4).any()
+
+
 @pytest.mark.parametrize("kind", ["small", "elsewhere", "meta"])
 def test_nothing_is_asked_for_what_has_no_such_pages(asked, monkeypatch, kind):
     if kind == "elsewhere":

@@ -169,6 +169,9 @@ def test_nothing_is_written_behind_the_cache_nor_read_beside_the_vocabulary():
         cache.advance(1, 1)
     with pytest.raises(ValueError, match="3 positions are taken"):
         step(torch.tensor([1, 2]), cache)
+    for other in (new_palm(depth=2), new_palm(kv_heads=2), new_palm(dim_head=32)):
+        with pytest.raises(ValueError, match="is not this model's"):
+            step(torch.tensor([1, 2]), other.new_cache(2, 3))
     cache = palm.new_cache(2, 3)
     cache.memory = cache.memory.bfloat16()
     with pytest.raises(TypeError, match="bfloat16"):

@@ -100,6 +100,20 @@ def test_what_one_pass_cannot_do(monkeypatch):
     assert not fits(x, cos, sin)
 
 
+def test_other_shapes_go_by_the_formula():
+    x, (cos, sin) = torch.randn(7, 3, 6), turns(7, 1, 6)  # as a decoding step has them
+    assert not fits(x, cos, sin) and torch.equal(turned(x, cos, sin), by_formula(x, cos, sin))
+    assert not fits(x[None, None], cos, sin)
+
+
+@compiles
+def test_many_gradients_at_once():
+    x, (cos, sin) = torch.randn(2, 7, 3, 6, requires_grad=True), turns(7, 1, 6)
+    given = torch.randn(4, 2, 7, 3, 6)
+    found = [torch.autograd.grad(t(x, cos, sin), x, given, is_grads_batched=True)[0] for t in (turned, by_formula)]
+    torch.testing.assert_close(*found)
+
+
 @compiles
 def test_nothing():
     cos, sin = turns(7, 1, 6)
@@ -112,9 +126,10 @@ def test_half_precision_is_rounded_once():
 
 
 @compiles
+@pytest.mark.parametrize("positions", [torch.arange(5), torch.arange(15).view(3, 5)])
 @pytest.mark.parametrize("use_xpos", [True, False])
-def test_queries_and_keys_of_an_embedding(use_xpos):
-    rotation = RotaryEmbedding(8, use_xpos=use_xpos)(torch.arange(5)).over(2, 1)
+def test_queries_and_keys_of_an_embedding(use_xpos, positions):
+    rotation = RotaryEmbedding(8, use_xpos=use_xpos)(positions, 3).over(2, 1)
     qk = torch.randn(3, 5, 3, 8)
     assert fits(qk, rotation.cos, rotation.sin)
     torch.testing.assert_close(rotation.rotate(qk), by_formula(qk, rotation.cos, rotation.sin))

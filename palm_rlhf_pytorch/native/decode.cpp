@@ -27,7 +27,7 @@ struct Step {
   int64_t rows, dim, heads, kv_heads, d, ff, vocab, depth, max_len;
   int64_t layer_memory, turn_place, turn_head; // floats from one layer's memory, one position's and one head's cosines to the next
   const Layer* layers;
-  float* tokens;          // (rows, dim), or with `computed` (rows, qkv + dim), which is worked in
+  const float* tokens;    // (rows, dim), or with `computed` (rows, qkv + dim)
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
   const int64_t* lengths; // (rows), what each has in memory before
   int64_t spans;          // of SPAN keys that the longest row has then
@@ -199,7 +199,8 @@ extern "C" void step(const Step* given) {
     for (int64_t i = 0; i < s.depth; i++) {
       const Layer& layer = s.layers[i];
       const bool computed = s.computed && i == 0;
-      float *projected = computed ? s.tokens : y, *memory = s.memory + i * s.layer_memory;
+      const float* projected = computed ? s.tokens : y;
+      float* memory = s.memory + i * s.layer_memory;
       const int64_t stride = computed ? given_width : s.width(), ff = computed ? 0 : s.ff;
       if (!computed) {
         normed(layer.gain, layer.eps);
