@@ -102,6 +102,7 @@ def plot(series: Sequence[Sequence[Point]], path: Path) -> None:
     from palm_rlhf_pytorch.files import atomic_path
 
     varied = list(dict.fromkeys(points[0].varied for points in series))
+    ticker = require("matplotlib.ticker", "plot")
     figure = require("matplotlib.figure", "plot").Figure(figsize=(3.2 * len(varied), 5.2))
     axes = figure.subplots(2, len(varied), squeeze=False)
     for points in series:
@@ -112,8 +113,9 @@ def plot(series: Sequence[Sequence[Point]], path: Path) -> None:
             axis.set(xlabel=points[0].varied, ylabel=name)
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
             axis.set_xticks([], minor=True)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,g}")
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.25)
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()

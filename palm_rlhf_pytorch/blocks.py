@@ -56,6 +56,11 @@ class Residual(nn.Module):
         return x + self.fn(x, *args, **kwargs)
 
 
+def adapts_feedforward(lora: Sequence[LoRA] | None) -> bool:
+    """Whether a layer's adapters are more than those of queries, keys, values and the way out of attention."""
+    return lora is not None and len(lora) > 4
+
+
 class ParallelTransformerBlock(nn.Module):
     """attention(norm x) + feedforward(norm x), q, k, v and feedforward from one bias-free projection.
 
@@ -223,7 +228,7 @@ class ParallelTransformerBlock(nn.Module):
 
     def projected(self, x: Tensor, lora: Sequence[LoRA] | None) -> tuple[Tensor, Tensor]:
         """x, normed (..., d) -> queries, keys and values side by side, and what the feedforward gives (..., d)."""
-        if lora is not None and len(lora) > 4:
+        if adapts_feedforward(lora):
             return self._project_adapted(x, lora)
         ff_out = self.ff_out[2]
         if not self.drops:
@@ -244,7 +249,7 @@ class ParallelTransformerBlock(nn.Module):
         and what the feedforward gives of x (m, d).
         """
         into, before, width = self.fused_attn_ff_proj.weight, self.fused_dims[0], sum(self.fused_dims[1:3])
-        if self.drops or (lora is not None and len(lora) > 4):
+        if self.drops or adapts_feedforward(lora):
             qkv, ff = self.projected(x, lora)
             q, kv = qkv[:, :before], linear(everywhere, into.narrow(0, before, width))
         else:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from palm_rlhf_pytorch.blocks import ParallelTransformerBlock
+from palm_rlhf_pytorch.blocks import ParallelTransformerBlock, adapts_feedforward
 from palm_rlhf_pytorch.lora import LoRA
 from palm_rlhf_pytorch.products import only_computed
-from palm_rlhf_pytorch.repeated_tokens import WORTH
+from palm_rlhf_pytorch.repeated_tokens import WORTH, everywhere
 
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
@@ -54,7 +54,7 @@ class KnownTokens(NamedTuple):
         return block.beside(qkv, normed, lora), ff
 
     def everywhere(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.which.flatten()).unflatten(0, self.which.shape)
+        return everywhere(x, self.which)
 
 
 class FirstLayer:
@@ -79,7 +79,7 @@ class FirstLayer:
         weights = palm.token_emb.weight, block.norm.gamma, into, out
         if not only_computed(ids, *weights) or ids.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return None
-        if any(w.requires_grad or w.is_inference() for w in weights) or (lora is not None and len(lora) > 4):
+        if any(w.requires_grad or w.is_inference() for w in weights) or adapts_feedforward(lora):
             return None
         if palm.num_tokens > WORTH * ids.numel() or not is_small(palm):
             return None

@@ -19,7 +19,7 @@ from palm_rlhf_pytorch.packed_step import PackedStep
 if TYPE_CHECKING:
     from palm_rlhf_pytorch.palm import PaLM
 
-WIDE = 16  # decode.cpp's: a head's size is a multiple of it, and a panel has so many outputs
+WIDE = 16  # vectors.h's: a head's size is a multiple of it, and a panel has so many outputs
 SPAN = 512  # decode.cpp's: keys of a row that one task attends to
 ALL = 2**62  # a window that hides nothing
 AS_MANY = 12  # a step of fewer rows takes as long as one of so many: it waits for the weights

@@ -26,7 +26,7 @@ def onednn_is_faster() -> bool:
 
     What the processor is decides, not a measurement: a run that is resumed must round as before. On an AMD EPYC
     (Genoa), two cores, 2,048 rows: 200 to 220 against 155 to 195 GFLOP/s. On an Intel Xeon MKL was ahead, by 12 % at 64
-    rows; on an AMD EPYC without AVX-512 (Milan) by 10 % at 1,280 rows of 1,024 numbers.
+    rows; on an AMD EPYC without AVX-512 (Milan) by 12 % at 1,280 rows of 1,024 numbers.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return False

@@ -37,7 +37,12 @@ class RepeatedTokens(NamedTuple):
 
     def everywhere(self, x: Tensor) -> Tensor:
         """(u, d) -> (b, n, d)."""
-        return x.index_select(0, self.which.flatten()).unflatten(0, self.which.shape)
+        return everywhere(x, self.which)
+
+
+def everywhere(x: Tensor, which: Tensor) -> Tensor:
+    """The rows of x (u, d) that places (b, n) hold: (b, n, d)."""
+    return x.index_select(0, which.flatten()).unflatten(0, which.shape)
 
 
 def repeated_tokens(ids: Tensor) -> RepeatedTokens | None:

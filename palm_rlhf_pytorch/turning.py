@@ -30,7 +30,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return by_formula(x, cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:
         return Turned.apply(x, cos, sin)
-    return in_one_pass("forward", x, cos, sin)
+    return by_native("forward", x, cos, sin)
 
 
 def by_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,24 +41,15 @@ def by_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def fits(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether C++ can do this, and is the faster way."""
     given = (x, cos, sin)
-    if not only_computed(*given) or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in given):
+    if x.ndim != 4 or x.numel() < SMALL or not only_computed(*given):
         return False
-    if (
-        x.ndim != 4
-        or x.numel() < SMALL
-        or any(t.stride(-1) != 1 for t in given)
-        or cos.requires_grad
-        or sin.requires_grad
-    ):
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 or t.stride(-1) != 1 for t in given):
         return False
-    (b, n, h, d), shape = x.shape, cos.shape
-    if (
-        shape != sin.shape
-        or shape[-3:] not in [(n, heads, d) for heads in (1, h)]
-        or shape[:-3] not in [(), (1,), (b,)]
-    ):
+    (b, n, h, d), (*rows, places, heads, features) = x.shape, cos.shape
+    if rows not in ([], [1], [b]) or (places, features) != (n, d) or heads not in (1, h):
         return False
-    return steps(cos) == steps(sin) and library("rotary") is not None
+    alike = cos.shape == sin.shape and steps(cos) == steps(sin)
+    return alike and not (cos.requires_grad or sin.requires_grad) and library("rotary") is not None
 
 
 def steps(t: Tensor) -> list[int]:
@@ -72,20 +63,18 @@ class Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return in_one_pass("forward", x, cos, sin)
+        return by_native("forward", x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        if torch.is_grad_enabled() or not fits(
-            gradient, cos, sin
-        ):  # second derivatives, or a sum's: one number for all
-            half = sin.shape[-1] // 2
-            return gradient * cos + (gradient * sin).roll(half, dims=-1), None, None
-        return in_one_pass("backward", gradient, cos, sin), None, None
+        # second derivatives are torch's work, and what cannot be read in order: a sum's gradient is one number for all
+        if torch.is_grad_enabled() or not fits(gradient, cos, sin):
+            return gradient * cos + (gradient * sin).roll(sin.shape[-1] // 2, dims=-1), None, None
+        return by_native("backward", gradient, cos, sin), None, None
 
 
-def in_one_pass(way: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def by_native(way: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A call of C++."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     of_turns = [0, *steps(cos)][-4:-1]  # of rows, places and heads

@@ -8,7 +8,7 @@ import torch
 from palm_rlhf_pytorch import turning
 from palm_rlhf_pytorch.native import library
 from palm_rlhf_pytorch.rotary import RotaryEmbedding
-from palm_rlhf_pytorch.turning import Turned, by_formula, fits, in_one_pass, turned
+from palm_rlhf_pytorch.turning import Turned, by_formula, by_native, fits, turned
 
 compiles = pytest.mark.skipif(library("rotary") is None, reason="there is no C++ compiler to be found")
 
@@ -146,4 +146,4 @@ def test_without_a_graph_none_is_made():
     with torch.no_grad():
         assert not turned(x, cos, sin).requires_grad
     assert not turned(x.detach(), cos, sin).requires_grad
-    assert in_one_pass("forward", x.detach(), cos, sin).is_contiguous()
+    assert by_native("forward", x.detach(), cos, sin).is_contiguous()
