@@ -12,12 +12,12 @@
 
 namespace {
 
-constexpr int HEADS = 8;                     // heads computed at once, all on the same keys
-constexpr int KEYS = LANES == 16 ? 8 : 4;    // keys whose scores are computed at once,
-constexpr int ABREAST = LANES == 16 ? 8 : 4; // and heads to which WIDE features of a value are added
-constexpr int LINE = 16;                     // floats of a cache line
-constexpr int TOGETHER = 16;                 // keys read before their values are
-constexpr int FETCHED = 16;                  // places whose keys and values are fetched before their turn
+constexpr int HEADS = 8;                                   // heads computed at once, all on the same keys
+constexpr int KEYS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4; // keys whose scores are computed at once,
+constexpr int ABREAST = LANES == 16 ? 8 : 4;               // and heads to which WIDE features of a value are added
+constexpr int LINE = 16;                                   // floats of a cache line
+constexpr int TOGETHER = 24;                               // keys read before their values are
+constexpr int FETCHED = 32; // places whose keys and values are fetched before their turn
 
 typedef float PerHead __attribute__((vector_size(HEADS * sizeof(float))));
 
@@ -49,11 +49,17 @@ inline Lanes both_of(const float* from) {
   return load<Lanes>(reinterpret_cast<const float*>(&all));
 }
 
+// Where `folded` finds neighbours. In registers of 8 it is several times faster to keep to their halves.
+constexpr int neighbour(int i) { return LANES == 8 ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 * LANES : 2 * i; }
+
+// ... and in what order heads are put, for it to find them in theirs
+inline int64_t slot(int64_t head) { return LANES == 8 ? head / 4 * 2 + head / 2 % 2 * 4 + head % 2 : head; }
+
 template <int... I> inline Lanes picked(Lanes a, Lanes b, std::integer_sequence<int, I...>, int from) {
 #ifdef __clang__
-  return from ? __builtin_shufflevector(a, b, (2 * I + 1)...) : __builtin_shufflevector(a, b, (2 * I)...);
+  return from ? __builtin_shufflevector(a, b, (neighbour(I) + 1)...) : __builtin_shufflevector(a, b, neighbour(I)...);
 #else
-  return __builtin_shuffle(a, b, Ints<Lanes>::type{(2 * I)...} + from);
+  return __builtin_shuffle(a, b, Ints<Lanes>::type{neighbour(I)...} + from);
 #endif
 }
 
@@ -63,11 +69,9 @@ inline Lanes folded(Lanes a, Lanes b) {
   return picked(a, b, all, 0) + picked(a, b, all, 1);
 }
 
-template <typename V> inline V larger(V a, V b) { return a > b ? a : b; }
-
 // Keys and values of one head, place by place, and what of them is to come from memory soon: line by line as they lie
-// there, for which memory is faster than for all keys and then all values.
-struct Places {
+// there, for which memory is faster than for all keys and then all values. APART: other heads' lie between them.
+template <bool APART> struct Places {
   const float* keys;
   int64_t stride, values, d; // floats from one place to the next, and from a key to its value
   const float* soon;
@@ -80,29 +84,30 @@ struct Places {
   inline void fetch() {
     __builtin_prefetch(soon, 0, 3);
     soon += LINE;
-    if (--left == 0) {
+    if (APART && --left == 0) {
       soon += (value ? stride - values : values) - d;
       left = d / LINE, value = !value;
     }
   }
 };
 
-// scores (n, HEADS) of keys, and their largest a head; there is room for KEYS - 1 more. Two features at a time:
-// queries (d / 2, HEADS, 2)
-inline PerHead score(const float* queries, Places& places, int64_t first, int64_t n, float* scores) {
-  const float* const keys = places.keys + first * places.stride;
+// scores (n, HEADS) of keys, where there is room for KEYS - 1 more, and the largest of a head. Two features at a time:
+// queries (d / 2, HEADS in their slots, 2). Not to be inlined, nor is `weigh`: their sums take all registers.
+template <bool APART>
+__attribute__((noinline)) void score(const float* queries, Places<APART>& places, int64_t first, int64_t n, float* scores,
+                                     PerHead& largest) {
   const int64_t stride = places.stride, d = places.d;
-  Lanes most[PARTED];
-  for (Lanes& part : most) part = Lanes{} - INFINITY;
+  Places<APART> fetching = places; // in registers
   for (int64_t j = 0; j < n; j += KEYS) {
-    const float* key[KEYS];
-    for (int i = 0; i < KEYS; i++) key[i] = keys + std::min(j + i, n - 1) * stride; // the last one stands in for none
+    const float* key[KEYS] = {places.keys + (first + j) * stride};
+    for (int i = 1; i < KEYS; i++) key[i] = key[i - 1] + (j + i < n ? stride : 0); // the last one stands in for none
     Lanes sum[KEYS * PAIRS] = {};
     for (int64_t line = 0; line < d; line += LINE)
 #pragma GCC unroll 8
-      for (int t = 0; t < LINE; t += 2) {
-        const int64_t c = line + t;
-        if (t % (16 / KEYS) == 0) places.fetch(); // half of the lines that KEYS places have; `weigh` fetches the others
+      for (int t = 0; t < LINE / 2; t++) {
+        const int64_t c = line + 2 * t;
+        // half of the lines that KEYS places have; `weigh` fetches the others
+        if ((t + 1) * KEYS / (LINE / 2) > t * KEYS / (LINE / 2)) fetching.fetch();
         Lanes q[PAIRS];
 #pragma GCC unroll 4
         for (int p = 0; p < PAIRS; p++) hold(q[p] = load<Lanes>(queries + c * HEADS + p * LANES));
@@ -114,25 +119,50 @@ inline PerHead score(const float* queries, Places& places, int64_t first, int64_
         }
       }
 #pragma GCC unroll 16
-    for (int u = 0; u < KEYS * PAIRS; u += 2) {
-      const Lanes found = folded(sum[u], sum[u + 1]);
-      store(scores + j * HEADS + u / 2 * LANES, found);
-      most[u / 2 % PARTED] = larger(most[u / 2 % PARTED], found);
+    for (int u = 0; u < KEYS * PAIRS; u += 2) store(scores + j * HEADS + u / 2 * LANES, folded(sum[u], sum[u + 1]));
+  }
+  places = fetching;
+  Lanes most[PARTED];
+  for (Lanes& part : most) part = Lanes{} - INFINITY;
+  for (int64_t j = 0; j < n; j += KEYS)
+#pragma GCC unroll 8
+    for (int i = 0; i < KEYS * HEADS / LANES; i++)
+      most[i % PARTED] = larger(most[i % PARTED], load<Lanes>(scores + j * HEADS + i * LANES));
+  largest = by_head(most, larger<PerHead>);
+}
+
+// scores (n, HEADS), with room as above -> 2^(score - most); their sums a head are added to `totals`
+inline void to_weights(float* scores, int64_t n, PerHead most, Lanes (&totals)[PARTED]) {
+  constexpr int MANY = KEYS * HEADS / LANES;
+  for (int64_t j = n; j % KEYS; j++) store(scores + j * HEADS, PerHead{} - INFINITY);
+  for (int64_t j = 0; j < n; j += KEYS) {
+    float* const from = scores + j * HEADS;
+    Lanes weight[MANY];
+#pragma GCC unroll 8
+    for (int i = 0; i < MANY; i++) weight[i] = load<Lanes>(from + i * LANES) - of_heads(most, i % PARTED);
+    powers_of_two(weight);
+#pragma GCC unroll 8
+    for (int i = 0; i < MANY; i++) {
+      store(from + i * LANES, weight[i]);
+      totals[i % PARTED] += weight[i];
     }
   }
-  return by_head(most, larger<PerHead>);
 }
 
 // WIDE features of ABREAST heads: what is there (ABREAST, d), times `keep`, and values (n), weighted by (n, HEADS)
-inline void weigh(const float* weights, const float* values, int64_t n, const float* keep, Places& places, bool fetch, float* out) {
+template <bool FETCH, bool APART>
+__attribute__((noinline)) void weigh(const float* weights, const float* values, int64_t n, const float* keep,
+                                     Places<APART>& places, float* out) {
   const int64_t stride = places.stride, d = places.d;
+  Places<APART> fetching = places;
   Lanes sum[ABREAST][PARTS];
 #pragma GCC unroll 8
   for (int h = 0; h < ABREAST; h++)
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) sum[h][p] = load<Lanes>(out + h * d + p * LANES) * keep[h];
+#pragma GCC unroll 2
   for (int64_t j = 0; j < n; j++) {
-    if (fetch) places.fetch();
+    if (FETCH) fetching.fetch();
     Lanes value[PARTS];
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) hold(value[p] = load<Lanes>(values + j * stride + p * LANES));
@@ -145,9 +175,10 @@ inline void weigh(const float* weights, const float* values, int64_t n, const fl
   for (int h = 0; h < ABREAST; h++)
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) store(out + h * d + p * LANES, sum[h][p]);
+  if (FETCH) places = fetching;
 }
 
-// What heads make of some keys: values (HEADS, d) weighted by e^(score - most), the sums of these weights, and `most`
+// What heads make of some keys: values (HEADS, d) weighted by 2^(score - most), the sums of these weights, and `most`
 struct Attended {
   float *values, *totals, *most;
   Attended(float* memory, int64_t d) : values(memory), totals(memory + HEADS * d), most(totals + HEADS) {}
@@ -156,7 +187,7 @@ struct Attended {
 
 // What a thread works in
 struct Room {
-  std::vector<Lanes> memory; // (d / 2, HEADS, 2): queries, turned and scaled; (d)
+  std::vector<Lanes> memory; // (d / 2, HEADS, 2): queries, turned and scaled, for scores to base 2; (d)
   float *queries, *turned;
   alignas(64) float scores[(TOGETHER + KEYS) * HEADS];
   explicit Room(int64_t d) : memory((HEADS + 1) * d / LANES) {
@@ -165,35 +196,37 @@ struct Room {
 };
 
 // up to HEADS queries (heads, d), turned by cosines and sines `turn_head` apart, over n keys and their values
-void attend(const float* q, int64_t heads, const float* cos, const float* sin, int64_t turn_head, Places places, int64_t n,
-            Room& room, Attended out) {
+template <bool APART>
+void attend(const float* q, int64_t heads, const float* cos, const float* sin, int64_t turn_head, Places<APART> places,
+            int64_t n, Room& room, Attended out) {
   const int64_t d = places.d;
+  const float scale = 1.44269504088896341f / std::sqrt(float(d)); // log2(e)
   for (int64_t line = 0; line < 2 * FETCHED * d / LINE; line++) places.fetch();
   std::fill_n(room.queries, HEADS * d, 0.0f);
   for (int64_t h = 0; h < heads; h++) {
     const int64_t shift = h * turn_head;
     turn(q + h * d, cos ? cos + shift : nullptr, sin ? sin + shift : nullptr, d, room.turned);
-    for (int64_t c = 0; c < d; c++) room.queries[(c / 2 * HEADS + h) * 2 + c % 2] = room.turned[c] / std::sqrt(float(d));
+    for (int64_t c = 0; c < d; c++) room.queries[(c / 2 * HEADS + slot(h)) * 2 + c % 2] = room.turned[c] * scale;
   }
   std::fill_n(out.values, HEADS * d, 0.0f);
   PerHead most = PerHead{} - INFINITY;
   Lanes totals[PARTED] = {};
   for (int64_t begin = 0; begin < n; begin += TOGETHER) {
     const int64_t count = std::min<int64_t>(TOGETHER, n - begin);
-    const PerHead now = larger(most, score(room.queries, places, begin, count, room.scores));
-    const PerHead keep = exponential(most - now);
-    store(room.scores + count * HEADS, PerHead{} - INFINITY); // a register may hold two keys': the last one's has none
-    for (int i = 0; i < PARTED; i++) totals[i] *= of_heads(keep, i);
-    for (int64_t i = 0; i * LANES < count * HEADS; i++) {
-      const Lanes weight = exponential(load<Lanes>(room.scores + i * LANES) - of_heads(now, i));
-      store(room.scores + i * LANES, weight);
-      totals[i % PARTED] += weight;
+    PerHead now;
+    score(room.queries, places, begin, count, room.scores, now);
+    now = larger(most, now);
+    PerHead keep[1] = {most - now};
+    powers_of_two(keep);
+    for (int i = 0; i < PARTED; i++) totals[i] *= of_heads(keep[0], i);
+    to_weights(room.scores, count, now, totals);
+    const float* const values = places.keys + begin * places.stride + places.values;
+    const float* const kept = reinterpret_cast<const float*>(keep);
+    for (int64_t c = 0; c < d; c += WIDE) {
+      weigh<true>(room.scores, values + c, count, kept, places, out.values + c);
+      for (int64_t h = ABREAST; h < heads; h += ABREAST)
+        weigh<false>(room.scores + h, values + c, count, kept + h, places, out.values + h * d + c);
     }
-    const float* values = places.keys + begin * places.stride + places.values;
-    for (int64_t c = 0; c < d; c += WIDE)
-      for (int64_t h = 0; h < heads; h += ABREAST)
-        weigh(room.scores + h, values + c, count, reinterpret_cast<const float*>(&keep) + h, places, h == 0,
-              out.values + h * d + c);
     most = now;
   }
   store(out.totals, by_head(totals, [](PerHead a, PerHead b) { return a + b; }));

@@ -115,9 +115,13 @@ void attend(const Step& s, const Layer& layer, const float* y, int64_t stride, c
   if (part.begin >= part.end) return;
   const int64_t shift = s.lengths[part.row] * s.turn_place + part.first * s.turn_head;
   const float* keys = memory + (part.row * s.max_len + part.begin) * s.slot() + part.kv * s.d;
-  attend(y + part.row * stride + part.first * s.d, part.heads, layer.turns ? s.cos + shift : nullptr,
-         layer.turns ? s.sin + shift : nullptr, s.turn_head, Places(keys, s.slot(), s.kv_heads * s.d, s.d),
-         part.end - part.begin, room, Attended(parts + task * Attended::size(s.d), s.d));
+  const auto over = [&](auto places) {
+    attend(y + part.row * stride + part.first * s.d, part.heads, layer.turns ? s.cos + shift : nullptr,
+           layer.turns ? s.sin + shift : nullptr, s.turn_head, places, part.end - part.begin, room,
+           Attended(parts + task * Attended::size(s.d), s.d));
+  };
+  if (s.kv_heads == 1) over(Places<false>(keys, s.slot(), s.d, s.d));
+  else over(Places<true>(keys, s.slot(), s.kv_heads * s.d, s.d));
 }
 
 // what the parts of a row's attention make together -> (rows, attention), laid out by `rows`
@@ -132,10 +136,10 @@ void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, fl
         const auto part = [&](int64_t span) { return Attended(parts + (task + span) * Attended::size(s.d), s.d); };
         float most = -INFINITY, total = 0.0f;
         for (int64_t i = 0; i < spans; i++) most = std::max(most, part(i).most[h]);
-        for (int64_t i = 0; i < spans; i++) total += std::exp(part(i).most[h] - most) * part(i).totals[h];
+        for (int64_t i = 0; i < spans; i++) total += std::exp2(part(i).most[h] - most) * part(i).totals[h];
         float* const to = laid + first * s.attention() + head * s.d * many + r - first;
         for (int64_t i = 0; i < spans; i++) {
-          const float times = std::exp(part(i).most[h] - most) / total, *values = part(i).values + h * s.d;
+          const float times = std::exp2(part(i).most[h] - most) / total, *values = part(i).values + h * s.d;
           for (int64_t c = 0; c < s.d; c++) to[c * many] = (i ? to[c * many] : 0.0f) + times * values[c];
         }
       }

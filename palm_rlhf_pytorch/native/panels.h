@@ -13,12 +13,15 @@ namespace {
 constexpr int ROWS = LANES == 8 ? 6 : 16 / PARTS; // rows multiplied at once: their sums leave registers for the rest
 constexpr int FEW = 2;                   // rows that take less time than memory does
 constexpr int AHEAD = 2048, NEAR = 512; // floats of a weight fetched before their turn, and with few rows
+constexpr int64_t TURN = 128;           // inputs that several blocks of rows are multiplied with, one after the other,
+constexpr int64_t BLOCKS = 48 / ROWS;   // and how many blocks at most: what they read stays in the first cache
 
 // Rows as `product` reads them: blocks of like size, in each of them feature by feature
 struct Rows {
   int64_t count, size;
   explicit Rows(int64_t n) : count(n), size((n + (n + ROWS - 1) / ROWS - 1) / ((n + ROWS - 1) / ROWS)) {}
   int64_t of_block(int64_t first) const { return std::min(size, count - first); }
+  int64_t blocks() const { return (count + size - 1) / size; }
   // where a row's first of so many features is
   int64_t begin(int64_t row, int64_t features) const { return row / size * size * features + row % size; }
 };
@@ -32,19 +35,22 @@ inline void put(Lanes found, int64_t n, const float* added, float* out) {
   store(out, added ? found + load<Lanes>(added) : found);
 }
 
-// R rows x (inputs, R) with V panels, each (inputs, WIDE), plus what is `added` -> out (R, outputs), `stride` apart
+// sums (R, V * WIDE) += R rows x (n, R) times n inputs of V panels, which lie `apart`. For each input `pace` floats of a
+// panel are fetched, from `soon` on.
 template <int R, int V>
-void multiply(const float* x, const float* panel, int64_t inputs, bool fetch, const float* added, float* out,
-              int64_t stride, int64_t outputs) {
+void multiply(const float* x, const float* panel, int64_t apart, int64_t n, const float* soon, int64_t pace, float* sums) {
   constexpr int N = V * PARTS;
-  Lanes sum[R][N] = {};
-  for (int64_t k = 0; k < inputs; k++) {
+  Lanes sum[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int u = 0; u < N; u++) sum[r][u] = load<Lanes>(sums + (r * N + u) * LANES);
+  for (int64_t k = 0; k < n; k++) {
     Lanes weight[N];
 #pragma GCC unroll 8
     for (int u = 0; u < N; u++) {
-      const float* place = panel + (u / PARTS * inputs + k) * WIDE + u % PARTS * LANES;
-      hold(weight[u] = load<Lanes>(place));
-      if (fetch && u % PARTS == 0) __builtin_prefetch(place + (R > FEW ? AHEAD : NEAR), 0, 2);
+      hold(weight[u] = load<Lanes>(panel + u / PARTS * apart + k * WIDE + u % PARTS * LANES));
+      if (u % PARTS == 0) __builtin_prefetch(soon + u / PARTS * apart + k * pace, 0, 2);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -54,13 +60,10 @@ void multiply(const float* x, const float* panel, int64_t inputs, bool fetch, co
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int u = 0; u < N; u++) {
-      const int64_t at = r * stride + u * LANES;
-      put(sum[r][u], outputs - u * LANES, added ? added + at : nullptr, out + at);
-    }
+    for (int u = 0; u < N; u++) store(sums + (r * N + u) * LANES, sum[r][u]);
 }
 
-typedef void Multiply(const float*, const float*, int64_t, bool, const float*, float*, int64_t, int64_t);
+typedef void Multiply(const float*, const float*, int64_t, int64_t, const float*, int64_t, float*);
 template <int V, std::size_t... R> constexpr std::array<Multiply*, sizeof...(R)> for_rows(std::index_sequence<R...>) {
   return {multiply<R + 1, V>...};
 }
@@ -82,13 +85,32 @@ struct Product {
   int64_t tasks() const { return (panels() + together() - 1) / together(); }
 
   void operator()(int64_t task) const {
-    const int64_t p = task * together(), first = p * WIDE, count = std::min(together(), panels() - p);
-    for (int64_t r = 0; r < rows.count; r += rows.size) {
-      const int64_t many = rows.of_block(r), at = r * outputs + first;
-      Multiply* const run = count == 2 ? TWO_PANELS[many - 1] : ONE_PANEL[many - 1];
-      run(x + r * inputs, weight + first * inputs, inputs, r == 0, added ? added + at : nullptr, out + at, outputs,
-          std::min(count * WIDE, outputs - first));
-    }
+    const int64_t first = task * together() * WIDE, groups = (rows.blocks() + BLOCKS - 1) / BLOCKS;
+    const int64_t size = (rows.blocks() + groups - 1) / groups * rows.size;
+    for (int64_t r = 0; r < rows.count; r += size) multiply_some(first, r, std::min(size, rows.count - r));
+  }
+
+  // `count` rows from `begin` on, BLOCKS at most. Several take turns: while all of them are multiplied with a part of the
+  // panel, the next part comes from memory.
+  void multiply_some(int64_t first, int64_t begin, int64_t count) const {
+    alignas(64) float sums[BLOCKS * ROWS * WIDE];
+    const int64_t panels = std::min(together(), this->panels() - first / WIDE), width = panels * WIDE;
+    const int64_t blocks = (count + rows.size - 1) / rows.size, turn = blocks > 1 ? TURN : inputs;
+    std::fill_n(sums, count * width, 0.0f);
+    for (int64_t k = 0; k < inputs; k += turn)
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t r = begin + b * rows.size, many = rows.of_block(r);
+        const float* const panel = weight + first * inputs + k * WIDE;
+        const float* const soon = panel + (blocks > 1 ? (blocks + b) * turn * WIDE / blocks : many > FEW ? AHEAD : NEAR);
+        Multiply* const run = panels == 2 ? TWO_PANELS[many - 1] : ONE_PANEL[many - 1];
+        run(x + r * inputs + k * many, panel, inputs * WIDE, std::min(turn, inputs - k), soon, (WIDE + blocks - 1) / blocks,
+            sums + (r - begin) * width);
+      }
+    for (int64_t r = 0; r < count; r++)
+      for (int64_t o = 0; o < std::min(width, outputs - first); o += LANES) {
+        const int64_t at = (begin + r) * outputs + first + o;
+        put(load<Lanes>(sums + r * width + o), outputs - first - o, added ? added + at : nullptr, out + at);
+      }
   }
 
   // all of it, by the threads of a parallel region
