@@ -1,10 +1,9 @@
-"""Products with weights, in float32 on a CPU by what is fastest there: one of torch's two libraries, or our own."""
+"""Products with weights, in float32 on a CPU by whichever of torch's two libraries for them is faster there."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from palm_rlhf_pytorch.native import library
-from palm_rlhf_pytorch.processor import is_not_intel_with
-
 SMALL = 2**20  # multiplications; below, what oneDNN takes a call (15 us) is more than it saves
 ROWS = 128  # it gets multiples of so many: for every other number it gets ready anew (4 ms), and keeps that (0.5 MiB)
 FILL = 1 / 12  # of the rows at most are added to make such a multiple
-FEWEST_ROWS, NARROWEST, LONGEST = 128, 16, 2**13  # of our own products: rows; outputs and inputs; inputs
+CPUINFO = Path("/proc/cpuinfo")
 KINDS = (Tensor, nn.Parameter)  # what is spread over processes, say, is torch's business
 
 
@@ -34,15 +30,10 @@ def onednn_is_faster() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return False
-    return is_not_intel_with("avx512f")
-
-
-@cache
-def ours_is_faster() -> bool:
-    """Whether native/product.cpp is to multiply instead of MKL: on such processors without AVX-512, for which MKL does
-    less well. On an AMD EPYC (Milan), two cores, in turn: 1.1 to 1.2 times as fast at 1,280 and 2,048 rows.
-    """
-    return is_not_intel_with("fma", "avx2") and not is_not_intel_with("avx512f")
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    vendors = [line for line in lines if line.startswith("vendor_id")]
+    wide = any(line.startswith("flags") and "avx512f" in line.split() for line in lines)
+    return bool(vendors) and "GenuineIntel" not in vendors[0] and wide
 
 
 def only_computed(*tensors: Tensor) -> bool:
@@ -72,25 +63,6 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
     return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
 
 
-def by_ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether `ours` is the faster way to x (..., i) times weight (o, i), and gives the same."""
-    if not only_computed(x, weight) or x.ndim < 2:
-        return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
-    rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
-    if rows < FEWEST_ROWS or min(outputs, inputs) < NARROWEST or inputs > LONGEST or rows * inputs * outputs < SMALL:
-        return False
-    if 1 not in weight.stride() or torch.is_autocast_enabled("cpu"):
-        return False
-    return ours_is_faster() and library("product") is not None
-
-
-def faster(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
-    """The way to x weight^T that is faster than torch's own, if there is one: x, weight, what is added -> (..., o)."""
-    return multiplied if by_onednn(x, weight) else ours if by_ours(x, weight) else None
-
-
 def filled_up(x: Tensor) -> Tensor:
     """x (m, i), with rows of zeros below where that lets oneDNN multiply it, and they are few."""
     if not only_computed(x) or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -110,42 +82,13 @@ def multiplied(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, None, "add")
 
 
-def ours(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """x (..., i) weight^T (i, o), and `added` (..., o) to it, by native/product.cpp, without a graph. The bits of a row
-    depend neither on other rows nor on the number of threads.
-    """
-    rows, out = as_rows(x), x.new_empty(*x.shape[:-1], len(weight))
-    more = None if added is None else as_rows(added)
-    sizes = (len(rows), rows.shape[1], len(weight))
-    library("product").product(
-        *located(rows, rows.stride(0)),
-        *located(weight, *weight.stride()),
-        *map(ctypes.c_int64, sizes),
-        *located(more, 0 if more is None else more.stride(0)),
-        *located(out, len(weight)),
-    )
-    return out
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., n) -> (m, n), the numbers of a row side by side."""
-    rows = x.detach().flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def located(t: Tensor | None, *strides: int) -> tuple[ctypes.c_void_p | ctypes.c_int64, ...]:
-    """Where a tensor is, and strides, as C++ takes them."""
-    return ctypes.c_void_p(None if t is None else t.data_ptr()), *map(ctypes.c_int64, strides)
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., i), weight (o, i) -> x weight^T (..., o), as `F.linear`, which it is unless another way is faster."""
-    product = faster(x, weight)
-    if product is None:
+    """x (..., i), weight (o, i) -> x weight^T (..., o), as `F.linear`, which it is unless oneDNN is faster."""
+    if not by_onednn(x, weight):
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return Product.apply(x, weight)
-    return product(x, weight)
+    return multiplied(x, weight)
 
 
 class Linear(nn.Linear):
@@ -156,14 +99,14 @@ class Linear(nn.Linear):
 
 
 class Product(torch.autograd.Function):
-    """`linear` by what is faster, with its gradients, of any order. That of the weight is MKL's: the other ways would
-    first lay out both factors anew.
+    """`linear` by oneDNN, with its gradients, of any order. That of the weight is MKL's: oneDNN would first lay out
+    both factors anew.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear(x, weight)
+        return multiplied(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.native import library
-from palm_rlhf_pytorch.products import faster, filled_up, linear, only_computed
+from palm_rlhf_pytorch.products import by_onednn, filled_up, linear, multiplied, only_computed
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
 SMALL = 2**12  # numbers; below, a call outside of torch does not pay
@@ -166,8 +166,7 @@ def sum_of_products(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
     """The sum of f w over factors (m, o) and weights (o, d): (m, d)."""
     total = linear(factors[0], weights[0].t())
     for f, w in zip(factors[1:], weights[1:], strict=True):
-        product = faster(f, w.t())
-        total = total.addmm_(f, w) if product is None else product(f, w.t(), total)
+        total = multiplied(f, w.t(), total) if by_onednn(f, w.t()) else total.addmm_(f, w)
     return total
 
 
