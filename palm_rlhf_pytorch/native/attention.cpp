@@ -11,8 +11,7 @@
 
 namespace {
 
-// rows of a product whose sums stay in registers, and how many registers each has of them at most
-constexpr int TALL = LANES == 8 ? 4 : 8, MOST = LANES == 8 ? 3 : 2;
+constexpr int TALL = LANES == 16 ? 8 : 4; // rows of a product whose sums stay in registers, two for each
 constexpr int ROWS = 32; // queries worked on at once,
 constexpr int KEYS = 64; // with so many keys: what they make stays in near caches. fused_attention.py knows it too
 constexpr int STEP = 16; // it divides these two, and is divided by those
@@ -72,17 +71,13 @@ inline __attribute__((always_inline)) void tile(const float* a, int64_t row, int
 inline __attribute__((always_inline)) void multiply(const float* a, int64_t row, int64_t step, const float* b,
                                                     int64_t b_row, int64_t depth, float* out, int64_t out_row,
                                                     int64_t m, int64_t n, bool add) {
-  for (int64_t c = 0, some; c < n; c += some * LANES) {
-    const int64_t left = (n - c) / LANES;
-    some = left == MOST + 1 ? 2 : std::min<int64_t>(left, MOST);
+  for (int64_t c = 0; c < n; c += 2 * LANES)
     for (int64_t i = 0; i < m; i += TALL) {
       const float* from = a + i * row;
       float* to = out + i * out_row + c;
-      if (some == MOST) tile<MOST>(from, row, step, b + c, b_row, depth, to, out_row, add);
-      else if (some == 2) tile<2>(from, row, step, b + c, b_row, depth, to, out_row, add);
+      if (n - c > LANES) tile<2>(from, row, step, b + c, b_row, depth, to, out_row, add);
       else tile<1>(from, row, step, b + c, b_row, depth, to, out_row, add);
     }
-  }
 }
 
 // what an operation makes of all lanes: of both halves, and of the halves of that
