@@ -64,7 +64,7 @@ def side_by_side(adapters: Sequence[LoRA], x: Tensor) -> Tensor:
 
 def through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """x down up, in the adapters' precision, given back in that of x; autocast chooses both itself."""
-    rows = down.t().contiguous()  # so the gradient is a product with few rows, not few columns: 3 times as fast on a CPU
+    rows = down.t().contiguous()  # its gradient is one of few rows then, not of few columns: 3 times as fast on a CPU
     if x.dtype == down.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, rows) @ up
     return (F.linear(x.to(down.dtype), rows) @ up).to(x.dtype)

@@ -48,7 +48,7 @@ def beforehand(palm, rows):
 def logits(palm, make_step, lengths, steps=3, room=64):
     """Of some steps after prompts of these lengths, and the cache they leave."""
     rows = len(lengths)
-    ids = torch.arange(rows * 40).view(rows, 40) % 50
+    ids = torch.arange(rows * room).view(rows, room) % 50
     cache = palm.new_cache(rows + 1, room)
     cache.clear(0)
     part = cache.admit(rows, max(lengths))
@@ -74,22 +74,66 @@ def test_native_is_torch(kind, lengths, make_step):
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
 
+def run(palm, make_step, rows):
+    """Logits of 7 steps."""
+    step, cache, found = make_step(palm, rows), palm.new_cache(rows, 8), []
+    for i in range(7):
+        found.append(step((torch.arange(rows) + i) % 50, cache))
+        cache.advance(1, 1)
+    return torch.stack(found)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("make_step", [NativeStep, beforehand])
 @pytest.mark.parametrize("rows", [6, 7, 8, 9, 15, 16, 17, 23, 32, 33, 70])
 def test_a_row_is_the_same_bits_whatever_it_comes_with(rows, make_step):
     palm = new_palm(sliding_window=5)
+    many = run(palm, make_step, rows)
+    assert torch.equal(many[:, :5], run(palm, make_step, 5))
+    torch.testing.assert_close(many, run(palm, PackedStep, rows), rtol=1e-4, atol=1e-4)
 
-    def run(make, count):
-        step, cache, found = make(palm, count), palm.new_cache(count, 8), []
-        for i in range(7):
-            found.append(step((torch.arange(count) + i) % 50, cache))
-            cache.advance(1, 1)
-        return torch.stack(found)
 
-    many = run(make_step, rows)
-    assert torch.equal(many[:, :5], run(make_step, 5))
-    torch.testing.assert_close(many, run(PackedStep, rows), rtol=1e-4, atol=1e-4)
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [7, 16, 48, 49, 50, 97])
+def test_blocks_of_rows_that_take_turns_with_parts_of_a_weight(rows):
+    """Inputs of 150 and 523 are several turns of 128, the last ones shorter; above 48 rows are several groups."""
+    palm = new_palm(dim=150, depth=2, ff_inner_dim=523, num_tokens=53)
+    for parameter in palm.parameters():
+        parameter.mul_(0.3)
+    many = run(palm, NativeStep, rows)
+    assert torch.equal(many[:, :5], run(palm, NativeStep, 5))
+    torch.testing.assert_close(many, run(palm, PackedStep, rows), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keywords", [{}, {"kv_heads": 4}, {"heads": 3}])
+@pytest.mark.parametrize("keys", [5, 6, 7, 23, 24, 25, 47, 48, 49])
+def test_any_number_of_keys(keys, keywords):
+    """They are scored 4, 6 or 8 at once, and weighed 24 at once."""
+    palm = new_palm(depth=1, dim_head=32, **keywords)
+    ours, theirs = (logits(palm, make, [keys - 1, 3], steps=1)[0] for make in (NativeStep, PackedStep))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_far_apart():
+    """Weights from 1 down to what no float32 holds, and maxima that come late."""
+    palm = new_palm(depth=1, dim_head=64, use_xpos=False)
+    palm.layers[0].fn.fused_attn_ff_proj.weight[: palm.heads * 64] *= 40
+    ours, theirs = (logits(palm, make, [39, 12], steps=5)[0] for make in (NativeStep, PackedStep))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_no_number_is_not_hidden():
+    palm = new_palm(depth=1)
+    cache, other = palm.new_cache(2, 64), palm.new_cache(2, 64)
+    for memory in (cache, other):
+        palm(torch.arange(60).view(2, 30) % 50, cache=memory, return_only_embedding=True)
+    cache.memory[0, 0, 7, 0] = torch.nan  # a key of the first row
+    found, clean = (NativeStep(palm, 2)(torch.tensor([1, 2]), memory) for memory in (cache, other))
+    assert found[0].isnan().all() and torch.equal(found[1], clean[1])
 
 
 @torch.no_grad()
