@@ -1,11 +1,14 @@
 """What is compiled: once, for this processor, on torch's own threads; and what happens where it cannot be."""
 
+import ctypes
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from palm_rlhf_pytorch import native
 from palm_rlhf_pytorch.native import library
@@ -38,6 +41,38 @@ def test_another_processor_or_source_is_another_file(fresh, tmp_path, monkeypatc
     monkeypatch.setattr(native, "processor", lambda: "another")
     fresh("swiglu")
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+POWERS = """
+#include "vectors.h"
+extern "C" void of_e(float* x) { store(x, exponential(load<Lanes>(x))); }
+extern "C" void of_two(float* x) {
+  Lanes both[2] = {load<Lanes>(x), load<Lanes>(x + LANES)};
+  powers_of_two(both);
+  store(x, both[0]), store(x + LANES, both[1]);
+}
+extern "C" int lanes() { return LANES; }
+"""
+
+
+@compiles
+@pytest.mark.parametrize("name, base, least, most", [("of_e", math.e, -87.0, 88.0), ("of_two", 2.0, -126.0, 127.0)])
+def test_powers(tmp_path, name, base, least, most):
+    compiler = next(filter(None, map(native.shutil.which, native.COMPILERS)))
+    (tmp_path / "powers.cpp").write_text(POWERS)
+    made, headers = str(tmp_path / "powers.so"), str(Path(native.__file__).parent)
+    native.run(compiler, *native.FLAGS, "-I", headers, "-o", made, str(tmp_path / "powers.cpp"))
+    made = ctypes.CDLL(made)
+    many = made.lanes() * (2 if name == "of_two" else 1)
+    x = torch.cat((torch.linspace(least, most, 4096), torch.linspace(-1, 1, 4096)))
+    found = x.clone()
+    for i in range(0, len(found), many):
+        getattr(made, name)(ctypes.c_void_p(found[i:].data_ptr()))
+    expected = base ** x.double()
+    assert ((found - expected).abs() / expected).max() < 2e-7
+    few = torch.tensor([-torch.inf, torch.nan, 0.0, 1.0]).repeat(8)
+    getattr(made, name)(ctypes.c_void_p(few.data_ptr()))
+    assert 0 <= few[0] < 2e-38 and few[1].isnan() and few[2] == 1.0
 
 
 @compiles
