@@ -106,11 +106,11 @@ def test_blocks_of_rows_that_take_turns_with_parts_of_a_weight(rows):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keywords", [{}, {"kv_heads": 4}, {"heads": 3}])
+@pytest.mark.parametrize("keywords", [{}, {"kv_heads": 4}, {"heads": 6, "dim_head": 80}])
 @pytest.mark.parametrize("keys", [5, 6, 7, 23, 24, 25, 47, 48, 49])
 def test_any_number_of_keys(keys, keywords):
     """They are scored 4, 6 or 8 at once, and weighed 24 at once."""
-    palm = new_palm(depth=1, dim_head=32, **keywords)
+    palm = new_palm(**{"depth": 1, "dim_head": 32, **keywords})
     ours, theirs = (logits(palm, make, [keys - 1, 3], steps=1)[0] for make in (NativeStep, PackedStep))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -126,12 +126,13 @@ def test_scores_far_apart():
 
 
 @torch.no_grad()
-def test_what_is_no_number_is_not_hidden():
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=hex)
+def test_what_is_no_number_is_not_hidden(bits):
     palm = new_palm(depth=1)
     cache, other = palm.new_cache(2, 64), palm.new_cache(2, 64)
     for memory in (cache, other):
         palm(torch.arange(60).view(2, 30) % 50, cache=memory, return_only_embedding=True)
-    cache.memory[0, 0, 7, 0] = torch.nan  # a key of the first row
+    cache.memory[0, 0, 7, 0].view(torch.int32).fill_(bits)  # a key of the first row
     found, clean = (NativeStep(palm, 2)(torch.tensor([1, 2]), memory) for memory in (cache, other))
     assert found[0].isnan().all() and torch.equal(found[1], clean[1])
 
@@ -189,15 +190,6 @@ def test_the_same_bits_by_any_number_of_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@torch.no_grad()
-def test_scores_far_apart_and_large():
-    palm = new_palm(depth=1)
-    palm.layers[0].fn.fused_attn_ff_proj.weight.mul_(8)
-    (ours, _), (theirs, _) = (logits(palm, make, [20, 5]) for make in (NativeStep, PackedStep))
-    assert ours.isfinite().all()
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ constexpr int HEADS = 8;                                   // heads computed at 
 constexpr int KEYS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4; // keys whose scores are computed at once,
 constexpr int ABREAST = LANES == 16 ? 8 : 4;               // and heads to which WIDE features of a value are added
 constexpr int LINE = 16;                                   // floats of a cache line
-constexpr int TOGETHER = 24;                               // keys read before their values are
+constexpr int TOGETHER = 24;                               // keys read before their values are: a multiple of KEYS
 constexpr int FETCHED = 32; // places whose keys and values are fetched before their turn
 
 typedef float PerHead __attribute__((vector_size(HEADS * sizeof(float))));
@@ -52,8 +52,8 @@ inline Lanes both_of(const float* from) {
 // Where `folded` finds neighbours. In registers of 8 it is several times faster to keep to their halves.
 constexpr int neighbour(int i) { return LANES == 8 ? i / 4 * 4 + i % 2 * 2 + i / 2 % 2 * LANES : 2 * i; }
 
-// ... and in what order heads are put, for it to find them in theirs
-inline int64_t slot(int64_t head) { return LANES == 8 ? head / 4 * 2 + head / 2 % 2 * 4 + head % 2 : head; }
+// ... and where a head is put, for them to come out in order: in registers of 8 0 1 4 5, 2 3 6 7
+inline int64_t seat(int64_t head) { return LANES == 8 ? head / 4 * 2 + head / 2 % 2 * 4 + head % 2 : head; }
 
 template <int... I> inline Lanes picked(Lanes a, Lanes b, std::integer_sequence<int, I...>, int from) {
 #ifdef __clang__
@@ -91,8 +91,8 @@ template <bool APART> struct Places {
   }
 };
 
-// scores (n, HEADS) of keys, where there is room for KEYS - 1 more, and the largest of a head. Two features at a time:
-// queries (d / 2, HEADS in their slots, 2). Not to be inlined, nor is `weigh`: their sums take all registers.
+// scores (n, HEADS) of keys, filled up to a multiple of KEYS, and the largest of a head. Two features at a time:
+// queries (d / 2, HEADS in their seats, 2). Inlined, GCC would put sums of it and of `weigh` into memory.
 template <bool APART>
 __attribute__((noinline)) void score(const float* queries, Places<APART>& places, int64_t first, int64_t n, float* scores,
                                      PerHead& largest) {
@@ -131,7 +131,7 @@ __attribute__((noinline)) void score(const float* queries, Places<APART>& places
   largest = by_head(most, larger<PerHead>);
 }
 
-// scores (n, HEADS), with room as above -> 2^(score - most); their sums a head are added to `totals`
+// scores (n, HEADS), filled up as above -> 2^(score - most); their sums a head are added to `totals`
 inline void to_weights(float* scores, int64_t n, PerHead most, Lanes (&totals)[PARTED]) {
   constexpr int MANY = KEYS * HEADS / LANES;
   for (int64_t j = n; j % KEYS; j++) store(scores + j * HEADS, PerHead{} - INFINITY);
@@ -189,7 +189,7 @@ struct Attended {
 struct Room {
   std::vector<Lanes> memory; // (d / 2, HEADS, 2): queries, turned and scaled, for scores to base 2; (d)
   float *queries, *turned;
-  alignas(64) float scores[(TOGETHER + KEYS) * HEADS];
+  alignas(64) float scores[TOGETHER * HEADS];
   explicit Room(int64_t d) : memory((HEADS + 1) * d / LANES) {
     queries = reinterpret_cast<float*>(memory.data()), turned = queries + HEADS * d;
   }
@@ -201,12 +201,12 @@ void attend(const float* q, int64_t heads, const float* cos, const float* sin, i
             int64_t n, Room& room, Attended out) {
   const int64_t d = places.d;
   const float scale = 1.44269504088896341f / std::sqrt(float(d)); // log2(e)
-  for (int64_t line = 0; line < 2 * FETCHED * d / LINE; line++) places.fetch();
+  for (int64_t line = 0; line < 2 * std::min<int64_t>(FETCHED, n) * d / LINE; line++) places.fetch();
   std::fill_n(room.queries, HEADS * d, 0.0f);
   for (int64_t h = 0; h < heads; h++) {
     const int64_t shift = h * turn_head;
     turn(q + h * d, cos ? cos + shift : nullptr, sin ? sin + shift : nullptr, d, room.turned);
-    for (int64_t c = 0; c < d; c++) room.queries[(c / 2 * HEADS + slot(h)) * 2 + c % 2] = room.turned[c] * scale;
+    for (int64_t c = 0; c < d; c++) room.queries[(c / 2 * HEADS + seat(h)) * 2 + c % 2] = room.turned[c] * scale;
   }
   std::fill_n(out.values, HEADS * d, 0.0f);
   PerHead most = PerHead{} - INFINITY;

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int TALL = LANES == 16 ? 8 : 4; // rows of a product whose sums stay in registers, two for each
+constexpr int TALL = LANES == 8 ? 4 : 8; // rows of a product whose sums stay in registers, two for each
 constexpr int ROWS = 32; // queries worked on at once,
 constexpr int KEYS = 64; // with so many keys: what they make stays in near caches. fused_attention.py knows it too
 constexpr int STEP = 16; // it divides these two, and is divided by those

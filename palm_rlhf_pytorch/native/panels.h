@@ -13,8 +13,8 @@ namespace {
 constexpr int ROWS = LANES == 8 ? 6 : 16 / PARTS; // rows multiplied at once: their sums leave registers for the rest
 constexpr int FEW = 2;                   // rows that take less time than memory does
 constexpr int AHEAD = 2048, NEAR = 512; // floats of a weight fetched before their turn, and with few rows
-constexpr int64_t TURN = 128;           // inputs that several blocks of rows are multiplied with, one after the other,
-constexpr int64_t BLOCKS = 48 / ROWS;   // and how many blocks at most: what they read stays in the first cache
+constexpr int64_t PART = 128;           // inputs that several blocks of rows are multiplied with, one after the other,
+constexpr int64_t MOST_BLOCKS = 48 / ROWS; // and how many blocks at most: so the part of the weight stays in near caches
 
 // Rows as `product` reads them: blocks of like size, in each of them feature by feature
 struct Rows {
@@ -85,25 +85,25 @@ struct Product {
   int64_t tasks() const { return (panels() + together() - 1) / together(); }
 
   void operator()(int64_t task) const {
-    const int64_t first = task * together() * WIDE, groups = (rows.blocks() + BLOCKS - 1) / BLOCKS;
-    const int64_t size = (rows.blocks() + groups - 1) / groups * rows.size;
-    for (int64_t r = 0; r < rows.count; r += size) multiply_some(first, r, std::min(size, rows.count - r));
+    const int64_t first = task * together() * WIDE, groups = (rows.blocks() + MOST_BLOCKS - 1) / MOST_BLOCKS;
+    const int64_t some = (rows.blocks() + groups - 1) / groups * rows.size;
+    for (int64_t r = 0; r < rows.count; r += some) multiply_some(first, r, std::min(some, rows.count - r));
   }
 
-  // `count` rows from `begin` on, BLOCKS at most. Several take turns: while all of them are multiplied with a part of the
-  // panel, the next part comes from memory.
+  // `count` rows from `begin` on, MOST_BLOCKS blocks at most. Several take turns: while all of them are multiplied with a
+  // part of the panel, the next part comes from memory.
   void multiply_some(int64_t first, int64_t begin, int64_t count) const {
-    alignas(64) float sums[BLOCKS * ROWS * WIDE];
+    alignas(64) float sums[MOST_BLOCKS * ROWS * WIDE];
     const int64_t panels = std::min(together(), this->panels() - first / WIDE), width = panels * WIDE;
-    const int64_t blocks = (count + rows.size - 1) / rows.size, turn = blocks > 1 ? TURN : inputs;
+    const int64_t blocks = (count + rows.size - 1) / rows.size, part = blocks > 1 ? PART : inputs;
     std::fill_n(sums, count * width, 0.0f);
-    for (int64_t k = 0; k < inputs; k += turn)
+    for (int64_t k = 0; k < inputs; k += part)
       for (int64_t b = 0; b < blocks; b++) {
-        const int64_t r = begin + b * rows.size, many = rows.of_block(r);
+        const int64_t r = begin + b * rows.size, many = rows.of_block(r), n = std::min(part, inputs - k);
         const float* const panel = weight + first * inputs + k * WIDE;
-        const float* const soon = panel + (blocks > 1 ? (blocks + b) * turn * WIDE / blocks : many > FEW ? AHEAD : NEAR);
+        const float* const soon = panel + (blocks > 1 ? (blocks + b) * n * WIDE / blocks : many > FEW ? AHEAD : NEAR);
         Multiply* const run = panels == 2 ? TWO_PANELS[many - 1] : ONE_PANEL[many - 1];
-        run(x + r * inputs + k * many, panel, inputs * WIDE, std::min(turn, inputs - k), soon, (WIDE + blocks - 1) / blocks,
+        run(x + r * inputs + k * many, panel, inputs * WIDE, n, soon, (WIDE + blocks - 1) / blocks,
             sums + (r - begin) * width);
       }
     for (int64_t r = 0; r < count; r++)

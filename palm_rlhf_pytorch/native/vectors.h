@@ -41,9 +41,9 @@ inline void hold(Lanes& x) {
 #endif
 }
 
-template <typename V> inline V larger(V a, V b) { return a > b ? a : b; } // b, if that is no number
+template <typename V> inline V larger(V a, V b) { return a > b ? a : b; } // b, if either is no number
 
-// e^x to 1e-7 of it, of x from -87 to 88 (beyond, of these): 2^k e^r with |r| <= ln(2) / 2; of e^r = 1 + r + r^2 p(r) the
+// e^x to 2e-7 of it, of x from -87 to 88 (beyond, of these): 2^k e^r with |r| <= ln(2) / 2; of e^r = 1 + r + r^2 p(r) the
 // polynomial p, of degree 4, is fitted on Chebyshev's points and errs by 4e-9
 template <typename V> inline V exponential(V x) {
   typedef typename Ints<V>::type I;
@@ -62,16 +62,16 @@ template <typename V> inline V exponential(V x) {
   return sum * power;
 }
 
-// 2^x of several registers to 1e-7 of it, of x from -126 to 127 (below, of -126): as `exponential`, the polynomial fitted
-// to the least largest error, 2e-9. All of them at once: one alone waits for each result before the next
+// 2^x of several registers to 2e-7 of it, of x from -126 to 127 (below, of -126): as `exponential`, with a minimax
+// polynomial that errs by 2e-9. All of them at once: one alone waits for each result before the next
 template <typename V, int N> inline void powers_of_two(V (&x)[N]) {
   typedef typename Ints<V>::type I;
   V shifted[N], sum[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; i++) {
     x[i] = larger(V{} - 126.0f, x[i]);
-    shifted[i] = x[i] + 12582912.0f;
-    x[i] -= shifted[i] - 12582912.0f;
+    shifted[i] = x[i] + 12583039.0f; // 1.5 * 2^23 + 127: the exponent's bits of 2^k are left at the end
+    x[i] -= shifted[i] - 12583039.0f;
     sum[i] = x[i] * 1.53533620e-4f + 1.33988739e-3f;
   }
 #pragma GCC unroll 8
@@ -80,11 +80,12 @@ template <typename V, int N> inline void powers_of_two(V (&x)[N]) {
     for (int i = 0; i < N; i++) sum[i] = sum[i] * x[i] + c;
 #pragma GCC unroll 8
   for (int i = 0; i < N; i++) {
-    I power, bits;
-    std::memcpy(&power, &shifted[i], sizeof power);
-    std::memcpy(&bits, &sum[i], sizeof bits);
-    bits += power << 23;
-    std::memcpy(&x[i], &bits, sizeof bits);
+    I bits;
+    V power;
+    std::memcpy(&bits, &shifted[i], sizeof bits);
+    bits <<= 23;
+    std::memcpy(&power, &bits, sizeof power);
+    x[i] = sum[i] * power; // what is no number stays none
   }
 }
 
