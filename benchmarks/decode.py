@@ -8,7 +8,7 @@ python benchmarks/decode.py --peers none --batches 4
 import argparse
 from collections.abc import Mapping
 
-from harness import Limits, Runs, Worker, in_turn, limits, record, table, three
+from harness import Limits, Runs, Worker, in_turn, in_turn_with_limits, record, table, three
 from sides import add_peers, all_opened, labels_for, parse, parser_of, percent, timing
 
 BIG = dict(batches=[1], dtype="bfloat16", peers=["transformers"])
@@ -41,8 +41,8 @@ def roofline(options: argparse.Namespace, built: Mapping, limit: Limits, batch: 
     return max((built["weight_bytes"] + cache) / limit.copy, 2 * built["parameters"] * batch / limit.matmul)
 
 
-def run_batch(options: argparse.Namespace, workers: Mapping[str, Worker], batch: int) -> dict[str, Runs]:
-    """All sides that are timed at this batch, in turn; transformers with each of its caches."""
+def run_batch(options: argparse.Namespace, workers: Mapping[str, Worker], batch: int) -> tuple[dict[str, Runs], Limits]:
+    """All sides that are timed at this batch, in turn with the limits; transformers with each of its caches."""
     sides = {label: worker for label, worker in workers.items() if "reference" not in label and "xpos" not in label}
     if batch == options.reference_batch:
         sides = dict(workers)
@@ -55,7 +55,8 @@ def run_batch(options: argparse.Namespace, workers: Mapping[str, Worker], batch:
     repeats = {
         label: options.reference_repeats if label.startswith("reference") else options.repeats for label in requests
     }
-    return in_turn(sides, requests, repeats)
+    machine = options.device, options.dtype, options.threads, options.copy_mib
+    return in_turn_with_limits(sides, requests, repeats, *machine)
 
 
 def batch_rows(options: argparse.Namespace, runs: Mapping[str, Runs], least: float, batch: int) -> list[dict[str, str]]:
@@ -98,13 +99,14 @@ def position_rows(options: argparse.Namespace, workers: Mapping[str, Worker]) ->
 
 def main() -> None:
     options = options_of()
-    limit = limits(options.device, options.dtype, options.threads, options.copy_mib)
     labels = [label for label in labels_for(options.peers) if label != "reference, plain"]  # no faster, seen here
     rows: list[dict[str, str]] = []
+    limits: list[str] = []
     with all_opened(labels, options, dtype=options.dtype) as (workers, built):
         for batch in options.batches:
-            least = roofline(options, built["ours"], limit, batch)
-            some = batch_rows(options, run_batch(options, workers, batch), least, batch)
+            runs, limit = run_batch(options, workers, batch)
+            limits.append(f"batch {batch} {limit.numbers}")
+            some = batch_rows(options, runs, roofline(options, built["ours"], limit, batch), batch)
             print(table(some), end="\n\n", flush=True)
             rows += some
         shown = table(rows)
@@ -117,7 +119,8 @@ def main() -> None:
         f"A PaLM of {model['parameters'] / 1e6:,.1f} M parameters ({model['weight_bytes'] / 2**20:,.0f} MiB, "
         f"{options.dtype}), {options.length - options.prompt} tokens drawn after prompts of {options.prompt}, on "
         f"{options.device}, threads a side: {options.threads}. A time is of one token in every sequence, the prompt's "
-        f"share included; quartiles of the runs. {limit} A step's limit: the larger of weights and cache read once, at "
+        "share included; quartiles of the runs. Limits in this run, in turn with the sides: "
+        f"{'; '.join(limits)}. A step's limit: the larger of weights and cache read once, at "
         "the pace at which the copy reads and writes, and 2 operations a parameter and sequence. Weights that fit into "
         "the last cache may be read faster than that. Logits differ from ours by at most "
         f"{max(b['difference'] for b in built.values()):.0e}."

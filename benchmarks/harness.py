@@ -133,8 +133,36 @@ class Limits:
     matmul: float
     copy: float
 
+    @property
+    def numbers(self) -> str:
+        return f"matmul {self.matmul / 1e9:,.0f} GFLOP/s, copy {self.copy / 1e9:,.1f} GB/s"
+
     def __str__(self) -> str:
-        return f"Limits in this run: matmul {self.matmul / 1e9:,.0f} GFLOP/s, copy {self.copy / 1e9:,.1f} GB/s."
+        return f"Limits in this run: {self.numbers}."
+
+
+def in_turn_with_limits(
+    workers: Mapping[str, Worker],
+    requests: Mapping[str, dict],
+    repeats: int | Mapping[str, int],
+    device: str,
+    dtype: str,
+    threads: int,
+    copy_mib: int = 1024,
+) -> tuple[dict[str, Runs], Limits]:
+    """`in_turn`, and in each round what the machine can do just then, of which the medians are the limits: where others
+    use its cores too, it may be half as fast a minute later.
+    """
+    asked = {
+        "matmul": dict(do="matmul", device=device, dtype=dtype),
+        "copy": dict(do="copy", device=device, mib=copy_mib),
+    }
+    share = {label: repeats if isinstance(repeats, int) else repeats[label] for label in requests}
+    share |= dict.fromkeys(asked, max(share.values()))
+    with Worker("limits", threads=threads) as worker:
+        runs = in_turn({**workers, **dict.fromkeys(asked, worker)}, {**requests, **asked}, share)
+    best = runs.pop("matmul").median("operations_per_second"), runs.pop("copy").median("bytes_per_second")
+    return runs, Limits(*best)
 
 
 def limits(device: str, dtype: str, threads: int, copy_mib: int = 1024) -> Limits:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
-from harness import Limits, Runs, Worker, in_turn, limits, record, table, three
+from harness import Limits, Runs, Worker, in_turn_with_limits, record, table, three
 from peers import python_of, ready
 
 
@@ -154,8 +154,11 @@ def check(sides: Mapping[str, Side], sizes: Mapping[str, Mapping[str, int]], run
                 raise SystemExit(f"{label}: (tokens, optimiser steps) were {done} instead of {wanted}")
 
 
-def measure(sides: Mapping[str, Side], repeats: int, threads: int) -> tuple[dict[str, Runs], int]:
-    """Build each side in a process of its own and let them take turns. Runs by label, and the policy's parameters."""
+def measure(sides: Mapping[str, Side], repeats: int, threads: int) -> tuple[dict[str, Runs], int, Limits]:
+    """Build each side in a process of its own and let them take turns. Runs by label, the policy's parameters, and what
+    the machine could do.
+    """
+    work = next(iter(sides.values())).work
     with ExitStack() as stack:
         workers, sizes, runs = {}, {}, {}
         for label, side in sides.items():
@@ -165,9 +168,10 @@ def measure(sides: Mapping[str, Side], repeats: int, threads: int) -> tuple[dict
             if side.once:
                 runs[label] = Runs(workers[label]("iterate", response=8), [workers[label]("iterate")])
         requests = {label: {"do": "iterate"} for label in sides if label not in runs}
-        runs |= in_turn(workers, requests, repeats)
+        timed, limit = in_turn_with_limits(workers, requests, repeats, work.device, work.dtype, threads)
+    runs |= timed
     check(sides, sizes, runs)
-    return {label: runs[label] for label in sides}, next(iter(sizes.values()))["policy"]
+    return {label: runs[label] for label in sides}, next(iter(sizes.values()))["policy"], limit
 
 
 def rows_of(comparison: Comparison, runs: Mapping[str, Runs], parameters: int, limit: Limits) -> list[dict[str, str]]:
@@ -205,8 +209,7 @@ def compare(comparison: Comparison, repeats: int, threads: int, recorded: bool) 
         if not ready(environment):
             raise SystemExit(f"{environment} is not there: run python benchmarks/peers.py --only {environment}")
     work = next(iter(comparison.sides.values())).work
-    limit = limits(work.device, work.dtype, threads)
-    runs, parameters = measure(comparison.sides, repeats, threads)
+    runs, parameters, limit = measure(comparison.sides, repeats, threads)
     shown = table(rows_of(comparison, runs, parameters, limit))
     full, lora = (replace(work, lora=lora).operations(parameters) / 1e9 for lora in (False, True))
     notes = (

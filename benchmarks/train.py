@@ -8,7 +8,7 @@ python benchmarks/train.py --device cuda --preset 1b      # a billion parameters
 import argparse
 from collections.abc import Mapping
 
-from harness import Limits, Runs, in_turn, limits, record, table, three
+from harness import Limits, Runs, in_turn_with_limits, record, table, three
 from sides import add_peers, all_opened, labels_for, parse, parser_of, peak_mib, percent, timing
 
 BIG = dict(batch=8, length=2048, bf16=True, peers=["transformers"])
@@ -47,12 +47,12 @@ def rows_of(
 
 def main() -> None:
     options = options_of()
-    limit = limits(options.device, "bfloat16" if options.bf16 else "float32", options.threads, options.copy_mib)
     switches = {"autocast": options.bf16, "compile": options.compile}
     switches["gradient_checkpointing"] = options.gradient_checkpointing
     with all_opened(labels_for(options.peers), options, **switches) as (workers, built):
         request = dict(do="step", batch=options.batch, length=options.length)
-        runs = in_turn(workers, dict.fromkeys(workers, request), options.repeats)
+        machine = options.device, "bfloat16" if options.bf16 else "float32", options.threads, options.copy_mib
+        runs, limit = in_turn_with_limits(workers, dict.fromkeys(workers, request), options.repeats, *machine)
     losses = [run.first["loss"] for run in runs.values()]
     if max(losses) - min(losses) > (0.05 if options.bf16 else 1e-3):
         raise SystemExit(f"the sides' first losses differ, so they do not train the same model: {losses}")

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_in_turn_goes_back_and_forth_and_lets_sides_sit_out():
     out = harness.in_turn(workers, requests, {"a": 2, "b": 2, "c": 1})
     assert "".join(asked) == "abc" + "abc" + "ba"
     assert out["a"].first == {"seconds": 1.0} and out["a"].values() == [4.0, 8.0] and out["c"].values() == [6.0]
+
+
+def test_limits_take_turns_and_are_medians(monkeypatch):
+    speeds = iter([9.0, 1.0, 5.0, 3.0, 4.0, 2.0, 7.0, 6.0])  # the first two are the warm-up's
+    names = {"matmul": "operations_per_second", "copy": "bytes_per_second"}
+
+    def machine(do, **_):
+        return {names[do]: next(speeds)}
+
+    monkeypatch.setattr(harness, "Worker", lambda *_, **__: nullcontext(machine))
+    sides = {"ours": lambda do: {"seconds": 1.0}}
+    runs, limit = harness.in_turn_with_limits(sides, {"ours": {"do": "x"}}, 3, "cpu", "float32", 1)
+    assert list(runs) == ["ours"] and runs["ours"].values() == [1.0] * 3
+    assert limit == harness.Limits(matmul=5.0, copy=4.0)  # of 5, 2, 7 (there, back, there) and 3, 4, 6
+    assert str(limit).startswith("Limits in this run: matmul 0 GFLOP/s")
 
 
 def test_table_is_markdown_and_aligned():
