@@ -151,7 +151,8 @@ def in_turn_with_limits(
     copy_mib: int = 1024,
 ) -> tuple[dict[str, Runs], Limits]:
     """`in_turn`, and in each round what the machine can do just then, of which the medians are the limits: where others
-    use its cores too, it may be half as fast a minute later.
+    use its cores too, it may be half as fast a minute later. They come first, so that no side's first run is beside the
+    start of their process.
     """
     asked = {
         "matmul": dict(do="matmul", device=device, dtype=dtype),
@@ -160,7 +161,7 @@ def in_turn_with_limits(
     share = {label: repeats if isinstance(repeats, int) else repeats[label] for label in requests}
     share |= dict.fromkeys(asked, max(share.values()))
     with Worker("limits", threads=threads) as worker:
-        runs = in_turn({**workers, **dict.fromkeys(asked, worker)}, {**requests, **asked}, share)
+        runs = in_turn({**workers, **dict.fromkeys(asked, worker)}, {**asked, **requests}, share)
     best = runs.pop("matmul").median("operations_per_second"), runs.pop("copy").median("bytes_per_second")
     return runs, Limits(*best)
 

@@ -67,15 +67,19 @@ def test_limits_take_turns_and_are_medians(monkeypatch):
     speeds = iter([9.0, 1.0, 5.0, 3.0, 4.0, 2.0, 7.0, 6.0])  # the first two are the warm-up's
     names = {"matmul": "operations_per_second", "copy": "bytes_per_second"}
 
+    asked = []
+
     def machine(do, **_):
+        asked.append(do)
         return {names[do]: next(speeds)}
 
     monkeypatch.setattr(harness, "Worker", lambda *_, **__: nullcontext(machine))
-    sides = {"ours": lambda do: {"seconds": 1.0}}
+    sides = {"ours": lambda do: asked.append(do) or {"seconds": 1.0}}
     runs, limit = harness.in_turn_with_limits(sides, {"ours": {"do": "x"}}, 3, "cpu", "float32", 1)
     assert list(runs) == ["ours"] and runs["ours"].values() == [1.0] * 3
     assert limit == harness.Limits(matmul=5.0, copy=4.0)  # of 5, 2, 7 (there, back, there) and 3, 4, 6
     assert str(limit).startswith("Limits in this run: matmul 0 GFLOP/s")
+    assert asked[:3] == ["matmul", "copy", "x"]  # the process of the limits has started before a side's first run
 
 
 def test_table_is_markdown_and_aligned():
