@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -104,8 +104,11 @@ def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str =
         return
     cache = model.new_cache(batch, min(max_len, FIRST_LENGTH))
     cache.clear()
-    step = packed_step(model, batch, steps) if chosen == "packed" else partial(model.next_logits, **kwargs)
-    yield Decoder(cache, step, LOOK_EVERY if cache.lengths.is_cuda else 1)
+    if chosen != "packed":
+        yield Decoder(cache, partial(model.next_logits, **kwargs), LOOK_EVERY if cache.lengths.is_cuda else 1)
+        return
+    with closing(packed_step(model, batch, steps)) as step:
+        yield Decoder(cache, step)
 
 
 def can_compile(device: torch.device) -> bool:

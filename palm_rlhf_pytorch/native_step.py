@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class NativeStep(PackedStep):
 
     def __init__(self, palm: PaLM, rows: int, steps: int = 0):
         self.room = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.memory = spare.pop(palm, self.room)
         self.computes = is_small(palm) and steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
         super().__init__(palm, rows)
 
@@ -76,7 +78,10 @@ class NativeStep(PackedStep):
         palm, blocks = self.palm, [layer.fn for layer in self.palm.layers]
         self.kept = []  # what the pointers point to
         weights = [palm.to_logits.weight, *(weight for block in blocks for weight in block.matrices)]
-        self.free = huge_pages.zeros(self.room, sum(filled_up(len(w)) * w.shape[1] for w in weights))
+        needed = sum(filled_up(len(w)) * w.shape[1] for w in weights)
+        if self.memory.numel() < needed:
+            self.memory = huge_pages.zeros(self.room, needed)
+        self.free = self.memory
         self.computed = None
         if self.computes:  # what the first layer gives (v, qkv + dim): what goes on beside its attention comes last
             _, qkv, ff = before_attention(palm)
@@ -110,6 +115,9 @@ class NativeStep(PackedStep):
             ctypes.c_void_p(panels.data_ptr()),
         )
         return self._address(panels)
+
+    def close(self) -> None:
+        spare[self.palm] = self.memory
 
     def _address(self, t: Tensor) -> int:
         self.kept.append(t)
@@ -146,6 +154,17 @@ class NativeStep(PackedStep):
         if self.room.numel() < needed:
             self.room = self.room.new_empty(needed)
         return self.room.data_ptr()
+
+
+# Memory that a model's last step had its weights in, for the next one: the system clears each page that it gives, which
+# takes several times as long as laying weights out there. Only the memory is kept: of a write through `.data` weights
+# do not tell.
+spare: WeakKeyDictionary[PaLM, Tensor] = WeakKeyDictionary()
+
+
+def forget(palm: PaLM) -> None:
+    """Keep no memory for its next step."""
+    spare.pop(palm, None)
 
 
 def filled_up(outputs: int) -> int:

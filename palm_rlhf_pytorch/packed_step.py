@@ -173,6 +173,9 @@ class PackedStep:
             x = layer(x, between, i)
         return self.to_logits(self.norm(x))[: len(tokens)]
 
+    def close(self) -> None:
+        """No more steps will be asked for."""
+
     def _turns(self, cache: KVCache) -> HeadsRotation:
         """Of every position that the cache has room for."""
         size = cache.max_len, cache.centre

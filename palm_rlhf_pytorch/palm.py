@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from palm_rlhf_pytorch import generation
+from palm_rlhf_pytorch import generation, native_step
 from palm_rlhf_pytorch.attention import added_to_scores, causal_key_mask, narrowed, segment_mask, window_mask
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock, Residual, SwiGLU
 from palm_rlhf_pytorch.checkpoint import adopt_reference_weights, load_weights, read_config, save_weights
@@ -322,6 +322,7 @@ class PaLM(PretrainedMixin, nn.Module):
             check_places(places, x, return_only_embedding)
         if self.training and torch.is_grad_enabled() and only_computed(x) and x.device.type == "cpu":
             keep_freed_memory()
+            native_step.forget(self)
         if segment_ids is not None and cache is not None:
             raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:

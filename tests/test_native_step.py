@@ -319,3 +319,26 @@ def test_broken_weights_are_not_hidden(make_step):
     palm.token_emb.weight[3].fill_(torch.nan)
     found, _ = logits(palm, make_step, [2, 2], steps=4)
     assert found[3, 0].isnan().all()  # token 3 is the fourth of the first row
+
+
+def test_memory_is_kept_from_call_to_call_and_weights_are_laid_out_anew():
+    palm, ids = new_palm(), torch.tensor([[1, 2, 3]])
+    palm.generate(20, ids)
+    kept = native_step.spare[palm]
+    palm.to_logits.weight.data.neg_()  # which weights do not tell
+    found = palm.generate(20, ids, temperature=0)
+    assert native_step.spare[palm] is kept
+    torch.testing.assert_close(found, palm.generate(20, ids, temperature=0, decoder="plain"))
+    other = new_palm(dim=64)
+    native_step.spare[other] = kept  # too little
+    found = other.generate(20, ids, temperature=0)
+    torch.testing.assert_close(found, other.generate(20, ids, temperature=0, decoder="plain"))
+
+
+def test_one_who_learns_keeps_no_memory_for_generating():
+    palm, ids = new_palm(), torch.tensor([[1, 2, 3]])
+    palm.generate(20, ids)
+    palm(ids)
+    assert palm in native_step.spare
+    palm.train()(ids)
+    assert palm not in native_step.spare
