@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf_pytorch.native import library
-from palm_rlhf_pytorch.products import by_onednn, filled_up, linear, multiplied, only_computed
+from palm_rlhf_pytorch.products import faster, filled_up, linear, only_computed, to_weight
 
 BLOCK = 2**17  # numbers worked on at once: they stay in a core's cache
 SMALL = 2**12  # numbers; below, a call outside of torch does not pay
@@ -152,11 +152,11 @@ class ProjectSwiGLU(torch.autograd.Function):
             to_into = torch.empty_like(into)
             of_own, of_shared, *of_both = parts(to_into, out, ctx.width)
             for g, place in zip((to_first, to_value, to_gate), (of_own, *of_both), strict=True):
-                torch.mm(g[: len(x)].t(), x, out=place)
+                to_weight(g[: len(x)], x, place)
             for g in to_shared:
-                torch.mm(g.flatten(0, -2).t(), besides.flatten(0, -2), out=of_shared)
+                to_weight(g.flatten(0, -2), besides.flatten(0, -2), of_shared)
         if needed[2]:
-            to_out = to_last[: len(x)].t() @ inner[: len(x)]
+            to_out = to_weight(to_last[: len(x)], inner[: len(x)])
         if needed[3]:
             to_besides = linear(*to_shared, shared.t())
         return to_x, to_into, to_out, to_besides, None
@@ -166,7 +166,8 @@ def sum_of_products(factors: Sequence[Tensor], weights: Sequence[Tensor]) -> Ten
     """The sum of f w over factors (m, o) and weights (o, d): (m, d)."""
     total = linear(factors[0], weights[0].t())
     for f, w in zip(factors[1:], weights[1:], strict=True):
-        total = multiplied(f, w.t(), total) if by_onednn(f, w.t()) else total.addmm_(f, w)
+        way = faster(f, w.t())
+        total = total.addmm_(f, w) if way is None else way(f, w.t(), total)
     return total
 
 

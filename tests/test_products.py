@@ -154,7 +154,7 @@ def test_swiglu_with_rows_filled_up(monkeypatch, trained):
 def test_the_processor_decides(monkeypatch, tmp_path, cpuinfo, expected):
     monkeypatch.undo()  # the function itself
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + cpuinfo)
-    monkeypatch.setattr(products, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("palm_rlhf_pytorch.processor.CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     products.onednn_is_faster.cache_clear()
     assert products.onednn_is_faster() == expected

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from palm_rlhf_pytorch.products import CPUINFO
+from palm_rlhf_pytorch.processor import described
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
@@ -85,8 +85,7 @@ def cache_folder() -> Path:
 
 def processor() -> str:
     """What code for this very processor may differ by: a home directory can be shared by several machines."""
-    lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
-    about = [line for line in lines if line.startswith(("vendor_id", "model name", "flags", "Features"))]
+    about = [line for line in described() if line.startswith(("vendor_id", "model name", "flags", "Features"))]
     return "\n".join([platform.machine(), *sorted(set(about))])
 
 
