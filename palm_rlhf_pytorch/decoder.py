@@ -52,7 +52,8 @@ class Decoder:
     """A cache without rows, and the step that goes with it.
 
     step: tokens (m,), cache -> logits (m, v), of rows whose tokens are then counted. look_every: steps after which to
-    ask the device which rows have ended. fixed_sizes: a batch is the largest one, or a half, a quarter ... of it.
+    ask the device which rows have ended. fixed_sizes: a batch is the largest one, or a half, a quarter ... of it. read:
+    see `PackedStep.read`.
     """
 
     cache: KVCache
@@ -60,6 +61,7 @@ class Decoder:
     look_every: int = 1
     fixed_sizes: bool = False
     batch: int = 1
+    read: Callable[[Tensor, Tensor, KVCache], bool] = lambda *_: False
 
     def size_for(self, rows: int) -> int:
         """The batch in which so many rows are computed."""
@@ -108,7 +110,7 @@ def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str =
         yield Decoder(cache, partial(model.next_logits, **kwargs), LOOK_EVERY if cache.lengths.is_cuda else 1)
         return
     with closing(packed_step(model, batch, steps)) as step:
-        yield Decoder(cache, step)
+        yield Decoder(cache, step, read=step.read)
 
 
 def can_compile(device: torch.device) -> bool:

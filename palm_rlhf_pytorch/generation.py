@@ -177,8 +177,10 @@ class Rows:
                 ids = self.prompts[rows[group], :n].masked_fill(~real, -1)
                 first, copy_of = first_of_copies(ids)
                 once = part if len(first) == len(group) else cache.admit(len(first), n)
-                wanted = {"return_only_embedding": True, "places": torch.zeros_like(real[first])}  # the cache alone
-                self.model(ids[first].clamp(min=0), mask=real[first], cache=once, **wanted, **forward_kwargs)
+                ids, real = ids[first].clamp(min=0), real[first]
+                if not self.decoder.read(ids, real, once):
+                    wanted = {"return_only_embedding": True, "places": torch.zeros_like(real)}  # the cache alone
+                    self.model(ids, mask=real, cache=once, **wanted, **forward_kwargs)
                 part.repeat(once, copy_of)
             cache.join(part)
         self.rows, self.last = torch.cat((self.rows, rows)), torch.cat((self.last, self.limits[rows] - 1))

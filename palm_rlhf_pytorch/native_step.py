@@ -24,6 +24,7 @@ WIDE = 16  # vectors.h's: a head's size is a multiple of it, and a panel has so 
 SPAN = 512  # decode.cpp's: keys of a row that one task attends to
 ALL = 2**62  # a window that hides nothing
 AS_MANY = 12  # a step of fewer rows takes as long as one of so many: it waits for the weights
+MOST_READ = 128  # tokens of prompts; `PaLM` reads more of them as fast
 WORTH = 2  # times as many tokens as there are must be drawn for the first layer to be computed of all beforehand
 
 
@@ -41,7 +42,7 @@ class Step(ctypes.Structure):
     STRIDES = ("layer_memory", "turn_place", "turn_head")
     _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES]
     _fields_ += [("layers", ctypes.c_void_p), ("tokens", ctypes.c_void_p), ("computed", ctypes.c_int64)]
-    _fields_ += [("lengths", ctypes.c_void_p), ("spans", ctypes.c_int64)]
+    _fields_ += [("places", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("spans", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("cos", "sin", "memory", "gain", "to_logits")]
     _fields_ += [("eps", ctypes.c_double), ("room", ctypes.c_void_p), ("logits", ctypes.c_void_p)]
 
@@ -123,28 +124,46 @@ class NativeStep(PackedStep):
         self.kept.append(t)
         return t.data_ptr()
 
+    def read(self, tokens: Tensor, real: Tensor, cache: KVCache) -> bool:
+        count, n = int(real.sum()), real.shape[1]
+        if not 0 < count <= MOST_READ:
+            return False
+        self._keep_up()
+        rows, after = real.nonzero(as_tuple=True)
+        check_room(cache, self.palm, n)
+        self._run(tokens[real], cache.places[rows], cache.lengths[rows] + after, cache.filled + n, cache, None)
+        cache.advance(real.sum(dim=-1), n)
+        return True
+
     def _logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        palm, block, rows = self.palm, self.palm.layers[0].fn, len(tokens)
-        check_room(cache, palm)
-        both = block.fused_dims[-1]
+        check_room(cache, self.palm, 1)
+        logits = self.room.new_empty(len(tokens), self.palm.num_tokens)
+        if len(tokens):
+            self._run(tokens, cache.places, cache.lengths, cache.filled + 1, cache, logits)
+        return logits
+
+    def _run(
+        self, tokens: Tensor, places: Tensor, lengths: Tensor, longest: int, cache: KVCache, logits: Tensor | None
+    ) -> None:
+        """Tokens (m,) that follow `lengths` (m,) others in `places` (m,) of the cache, where the longest then has so
+        many -> logits (m, v), where these are wanted.
+        """
+        palm, block = self.palm, self.palm.layers[0].fn
         inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
-        turns, lengths = self._turns(cache), cache.lengths.contiguous()
+        turns, places, lengths = self._turns(cache), places.contiguous(), lengths.contiguous()
         cos, sin = turns.cos.float(), turns.sin.float()  # by torch's default dtype they may be more
         heads, d = cos.shape[-2:]
-        logits = self.room.new_empty(rows, palm.num_tokens)
-        if rows == 0:
-            return logits
-        widths = palm.dim, palm.heads, palm.kv_heads, d, both // 2, palm.num_tokens
+        widths = palm.dim, palm.heads, palm.kv_heads, d, block.fused_dims[-1] // 2, palm.num_tokens
         strides = cache.memory.stride(0), heads * d, d if heads > 1 else 0
-        step = Step(rows, *widths, len(palm.layers), cache.max_len, *strides)
+        step = Step(len(tokens), *widths, len(palm.layers), cache.max_len, *strides)
         step.layers, step.tokens = ctypes.addressof(self.layers), inputs.data_ptr()
         step.computed = self.computed is not None
-        step.lengths, step.spans = lengths.data_ptr(), -(-(cache.filled + 1) // SPAN)
+        step.places, step.lengths, step.spans = places.data_ptr(), lengths.data_ptr(), -(-longest // SPAN)
         step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
         step.memory, step.gain, step.to_logits = cache.memory.data_ptr(), self.gain, self.to_logits
-        step.eps, step.room, step.logits = palm.norm.eps, self._room_for(step), logits.data_ptr()
+        step.eps, step.room = palm.norm.eps, self._room_for(step)
+        step.logits = None if logits is None else logits.data_ptr()
         library("decode").step(ctypes.byref(step))
-        return logits
 
     def _room_for(self, step: Step) -> int:
         """The address of memory to work in, which is kept."""
@@ -172,13 +191,14 @@ def filled_up(outputs: int) -> int:
     return -(-outputs // WIDE) * WIDE
 
 
-def check_room(cache: KVCache, palm: PaLM) -> None:
-    """Refuse what would be written behind, or as something else."""
+def check_room(cache: KVCache, palm: PaLM, more: int) -> None:
+    """Refuse so many positions more that would be written behind, or as something else."""
     own = (len(palm.layers), 2, palm.kv_heads, palm.dim_head)
     if (given := (len(cache.memory), *cache.memory.shape[3:])) != own:
         raise ValueError(f"a cache (layers, 2, key heads, head size) of {given} is not this model's, which is {own}")
-    if cache.filled >= cache.max_len:
-        raise ValueError(f"the cache's {cache.max_len} positions are taken: reserve(1) makes room for another")
+    if cache.filled + more > cache.max_len:
+        room = f"the cache has {cache.max_len} positions, {cache.filled} of them taken"
+        raise ValueError(f"{room}: reserve({more}) makes room for {more} more")
     if cache.memory.dtype != torch.float32:
         raise TypeError(f"a native step is in float32, but the cache is in {cache.memory.dtype}")
 

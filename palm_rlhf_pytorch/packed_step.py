@@ -157,8 +157,7 @@ class PackedStep:
         self.norm, self.to_logits = PackedNorm(palm.norm), Matrix(palm.to_logits.weight, self.rows)
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        if versions(self.sources) != self.versions:
-            self._pack()
+        self._keep_up()
         if len(tokens) != cache.rows:
             raise ValueError(f"the cache has {cache.rows} rows, but there are {len(tokens)} tokens")
         logits = self._logits(tokens, cache)
@@ -172,6 +171,16 @@ class PackedStep:
         for i, layer in enumerate(self.layers):
             x = layer(x, between, i)
         return self.to_logits(self.norm(x))[: len(tokens)]
+
+    def _keep_up(self) -> None:
+        if versions(self.sources) != self.versions:
+            self._pack()
+
+    def read(self, tokens: Tensor, real: Tensor, cache: KVCache) -> bool:
+        """Take in tokens (b, n), right padded where they are not `real` (b, n), that follow what the cache has. Whether it
+        was done: if not, the model itself is the better reader.
+        """
+        return False
 
     def close(self) -> None:
         """No more steps will be asked for."""

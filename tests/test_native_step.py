@@ -203,7 +203,7 @@ def test_nothing_is_written_behind_the_cache_nor_read_beside_the_vocabulary():
     for _ in range(3):
         step(torch.tensor([1, 2]), cache)
         cache.advance(1, 1)
-    with pytest.raises(ValueError, match="3 positions are taken"):
+    with pytest.raises(ValueError, match="3 positions, 3 of them taken"):
         step(torch.tensor([1, 2]), cache)
     for other in (new_palm(depth=2), new_palm(kv_heads=2), new_palm(dim_head=32)):
         with pytest.raises(ValueError, match="is not this model's"):
@@ -342,3 +342,56 @@ def test_one_who_learns_keeps_no_memory_for_generating():
     assert palm in native_step.spare
     palm.train()(ids)
     assert palm not in native_step.spare
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keywords", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+def test_few_tokens_of_prompts_are_read_by_the_step(make_step, keywords):
+    palm = new_palm(**keywords)
+    step, wholes = make_step(palm, 3), [palm.new_cache(5, 40) for _ in range(2)]
+    tokens = torch.arange(3 * 14).view(3, 14) % 50
+    for n, lengths in ((9, [9, 1, 5]), (5, [2, 5, 1])):  # the second ones follow the first
+        real = torch.arange(n) < torch.tensor(lengths)[:, None]
+        if n == 9:
+            for whole in wholes:
+                whole.clear(1)  # a row is at work already
+            ours, theirs = (whole.admit(3, 14) for whole in wholes)
+        assert step.read(tokens[:, :n], real, ours)
+        palm(tokens[:, :n], mask=real, cache=theirs, return_only_embedding=True)
+        assert torch.equal(ours.lengths, theirs.lengths) and ours.filled == theirs.filled
+    for whole in wholes:
+        for row, length in enumerate(ours.lengths.tolist()):
+            whole.memory[:, 1 + row, length:] = 0  # padding, which nobody sees
+    torch.testing.assert_close(wholes[0].memory, wholes[1].memory, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_who_reads_prompts(monkeypatch):
+    palm, ids = new_palm(), torch.arange(24).view(2, 12)
+    expected = palm.generate(40, ids, temperature=0, decoder="plain")
+    step, cache = NativeStep(palm, 2), palm.new_cache(2, 20)
+    monkeypatch.setattr(native_step, "MOST_READ", 21)
+    real = torch.ones(2, 11, dtype=torch.bool)
+    assert not step.read(ids[:, :11], real, cache) and cache.filled == 0
+    assert not step.read(ids[:, :11], torch.zeros_like(real), cache)
+    read = []
+    monkeypatch.setattr(
+        palm, "forward", lambda *args, **kwargs: read.append(args) or type(palm).forward(palm, *args, **kwargs)
+    )
+    assert torch.equal(palm.generate(40, ids, temperature=0), expected) and read
+    read.clear()
+    monkeypatch.setattr(native_step, "MOST_READ", 22)
+    assert torch.equal(palm.generate(40, ids, temperature=0), expected) and not read
+    with pytest.raises(ValueError, match=r"reserve\(21\)"):
+        step.read(torch.zeros(1, 21, dtype=torch.long), torch.ones(1, 21, dtype=torch.bool), palm.new_cache(1, 20))
+
+
+@torch.no_grad()
+def test_weights_that_changed_are_read_with():
+    palm, tokens, real = new_palm(), torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)
+    step, ours, theirs = NativeStep(palm, 1), palm.new_cache(1, 4), palm.new_cache(1, 4)
+    palm.layers[0].fn.fused_attn_ff_proj.weight.mul_(2)
+    assert step.read(tokens, real, ours)
+    palm(tokens, cache=theirs)
+    torch.testing.assert_close(ours.memory, theirs.memory, rtol=1e-4, atol=1e-4)

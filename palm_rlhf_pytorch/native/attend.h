@@ -15,7 +15,6 @@ namespace {
 constexpr int HEADS = 8;                                   // heads computed at once, all on the same keys
 constexpr int KEYS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4; // keys whose scores are computed at once,
 constexpr int ABREAST = LANES == 16 ? 8 : 4;               // and heads to which WIDE features of a value are added
-constexpr int LINE = 16;                                   // floats of a cache line
 constexpr int TOGETHER = 24;                               // keys read before their values are: a multiple of KEYS
 constexpr int FETCHED = 32; // places whose keys and values are fetched before their turn
 

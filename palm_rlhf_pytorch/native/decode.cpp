@@ -1,8 +1,10 @@
 // A decoding step on a CPU, one token a row, all layers of it: norm, products with weights in panels, and between them
-// keys and queries turned, keys and values stored, attention over what each row has, SwiGLU beside it. The plain twin
-// is PackedStep. float32; head sizes are multiples of 16.
+// keys and queries turned, keys and values stored, attention over what each row has, SwiGLU beside it. A few tokens of a
+// prompt are a step too, of as many rows, which share memory. The plain twin is PackedStep, of prompts PaLM. float32;
+// head sizes are multiples of 16.
 
 #include "attend.h"
+#include "layout.h"
 #include "panels.h"
 
 #include <atomic>
@@ -29,13 +31,13 @@ struct Step {
   const Layer* layers;
   const float* tokens;    // (rows, dim), or with `computed` (rows, qkv + dim)
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
-  const int64_t* lengths; // (rows), what each has in memory before
+  const int64_t *places, *lengths; // (rows), where each is in memory, and what it has there before
   int64_t spans;          // of SPAN keys that the longest row has then
   const float *cos, *sin; // of every position
-  float* memory;          // (depth, rows or more, max_len, 2, kv_heads, d)
+  float* memory;          // (depth, places, max_len, 2, kv_heads, d)
   const float *gain, *to_logits;
   double eps;
-  float *room, *logits; // to work in, `room_of` numbers; (rows, vocab)
+  float *room, *logits; // to work in, `room_of` numbers; (rows, vocab), null where none are wanted
 
   int64_t attention() const { return heads * d; }
   int64_t slot() const { return 2 * kv_heads * d; }
@@ -71,7 +73,7 @@ void remember(const Step& s, const Layer& layer, const float* y, int64_t stride,
   const int64_t kv_width = s.kv_heads * s.d;
 #pragma omp for schedule(static) nowait
   for (int64_t r = 0; r < s.rows; r++) {
-    float* kept = memory + (r * s.max_len + s.lengths[r]) * s.slot();
+    float* kept = memory + (s.places[r] * s.max_len + s.lengths[r]) * s.slot();
     const float* k = y + r * stride + s.attention();
     for (int64_t h = 0; h < s.kv_heads; h++) {
       const int64_t shift = s.lengths[r] * s.turn_place + (s.heads + h) * s.turn_head;
@@ -114,7 +116,7 @@ void attend(const Step& s, const Layer& layer, const float* y, int64_t stride, c
   const Part part(s, layer, task);
   if (part.begin >= part.end) return;
   const int64_t shift = s.lengths[part.row] * s.turn_place + part.first * s.turn_head;
-  const float* keys = memory + (part.row * s.max_len + part.begin) * s.slot() + part.kv * s.d;
+  const float* keys = memory + (s.places[part.row] * s.max_len + part.begin) * s.slot() + part.kv * s.d;
   const auto over = [&](auto places) {
     attend(y + part.row * stride + part.first * s.d, part.heads, layer.turns ? s.cos + shift : nullptr,
            layer.turns ? s.sin + shift : nullptr, s.turn_head, places, part.end - part.begin, room,
@@ -170,12 +172,8 @@ void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others,
 // weight (outputs, inputs) -> panels (ceil(outputs / WIDE), inputs, WIDE), filled up with 0
 extern "C" void pack(const float* weight, int64_t outputs, int64_t inputs, float* panels) {
 #pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < (outputs + WIDE - 1) / WIDE; p++)
-    for (int64_t k = 0; k < inputs; k++)
-      for (int64_t i = 0; i < WIDE; i++) {
-        const int64_t o = p * WIDE + i;
-        panels[(p * inputs + k) * WIDE + i] = o < outputs ? weight[o * inputs + k] : 0.0f;
-      }
+  for (int64_t o = 0; o < outputs; o += WIDE)
+    lay_out<WIDE>({weight + o * inputs, inputs, 1}, std::min<int64_t>(WIDE, outputs - o), inputs, panels + o * inputs);
 }
 
 extern "C" int64_t room_of(const Step* s) {
@@ -220,8 +218,10 @@ extern "C" void step(const Step* given) {
       unite(s, layer, parts, rows, laid);
       Product{laid, rows, layer.of_attention, s.attention(), s.dim, x, x}.shared();
     }
-    normed(s.gain, s.eps);
-    Product{laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits}.shared();
+    if (s.logits) {
+      normed(s.gain, s.eps);
+      Product{laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits}.shared();
+    }
   }
 }
 

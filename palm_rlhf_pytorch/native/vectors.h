@@ -19,6 +19,7 @@ constexpr int LANES = 4;
 #endif
 
 constexpr int WIDE = 16, PARTS = WIDE / LANES; // outputs of a panel, features worked on at once; registers that hold them
+constexpr int LINE = 16; // floats of a cache line
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 
@@ -32,13 +33,15 @@ template <typename V> inline V load(const float* from) {
 }
 template <typename V> inline void store(float* to, V value) { std::memcpy(to, &value, sizeof value); }
 
-// from here on in a register: GCC would read what is used several times from memory as often
-inline void hold(Lanes& x) {
+// from here on in a register, if it fits into one: GCC would read what is used several times from memory as often
+template <typename V> inline void hold(V& x) {
+  if constexpr (sizeof(V) <= sizeof(Lanes)) {
 #if defined(__x86_64__)
-  asm("" : "+v"(x));
+    asm("" : "+v"(x));
 #elif defined(__aarch64__)
-  asm("" : "+w"(x));
+    asm("" : "+w"(x));
 #endif
+  }
 }
 
 template <typename V> inline V larger(V a, V b) { return a > b ? a : b; } // b, if either is no number
