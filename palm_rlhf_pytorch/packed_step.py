@@ -177,8 +177,8 @@ class PackedStep:
             self._pack()
 
     def read(self, tokens: Tensor, real: Tensor, cache: KVCache) -> bool:
-        """Take in tokens (b, n), right padded where they are not `real` (b, n), that follow what the cache has. Whether it
-        was done: if not, the model itself is the better reader.
+        """Take in tokens (b, n) that follow what the cache has, padded on the right where they are not `real` (b, n).
+        Whether it was done: if not, the model itself is the better reader.
         """
         return False
 
