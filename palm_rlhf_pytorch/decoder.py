@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 class CachedModel(Protocol):
     """What can be decoded from; PaLM is one. Prompts are read with `return_only_embedding=True` and `places`, all
-    False, for keys and values are all that is wanted of them: others may take both and do as they like.
+    False, for keys and values are all that is wanted of them: others may take both and do as they like. (A PaLM
+    with packed weights has its step read short ones.)
     """
 
     num_tokens: int

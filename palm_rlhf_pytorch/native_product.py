@@ -13,9 +13,12 @@ def product(x: Tensor, weight: Tensor, added: Tensor | None = None, out: Tensor 
     """x (..., i) weight^T (i, o), float32 on a CPU, without a graph; into `out` or onto `added` (..., o), contiguous,
     where one is given. The bits of a row depend neither on other rows nor on the number of threads.
     """
-    rows = as_rows(x)
+    rows, shape = as_rows(x), (*x.shape[:-1], len(weight))
     if out is None:
-        out = x.new_empty(*x.shape[:-1], len(weight)) if added is None else added
+        out = x.new_empty(shape) if added is None else added
+    if out.shape != shape or not out.is_contiguous() or rows.shape[1] != weight.shape[1]:
+        given = f"{tuple(x.shape)} and {tuple(weight.shape)} into {tuple(out.shape)}"
+        raise ValueError(f"x (..., i), weight (o, i) and a contiguous (..., o) are multiplied, got {given}")
     library("product").product(
         *located(rows, *rows.stride()),
         *located(weight, *weight.stride()[::-1]),

@@ -1,4 +1,4 @@
-"""A decoding step on a CPU in one call of C++ (native/decode.cpp)."""
+"""A decoding step on a CPU in one call of C++ (native/decode.cpp), which reads short prompts too."""
 
 from __future__ import annotations
 
@@ -176,13 +176,13 @@ class NativeStep(PackedStep):
 
 
 # Memory that a model's last step had its weights in, for the next one: the system clears each page that it gives, which
-# takes several times as long as laying weights out there. Only the memory is kept: of a write through `.data` weights
-# do not tell.
+# takes several times as long as laying weights out there. Only the memory is kept, for weights do not tell of a write
+# through `.data`; and only until the model learns, or is moved or cast.
 spare: WeakKeyDictionary[PaLM, Tensor] = WeakKeyDictionary()
 
 
 def forget(palm: PaLM) -> None:
-    """Keep no memory for its next step."""
+    """Keep no memory for its next step any longer."""
     spare.pop(palm, None)
 
 

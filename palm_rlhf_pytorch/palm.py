@@ -282,6 +282,10 @@ class PaLM(PretrainedMixin, nn.Module):
         depth = len(self.layers)
         return KVCache(depth, batch, self.kv_heads, max_len, self.dim_head, weight.dtype, weight.device, static)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> PaLM:
+        native_step.forget(self)
+        return super()._apply(*args, **kwargs)
+
     def logits_of(self, embeds: Tensor) -> Tensor:
         """Final embeddings (..., d) -> logits (..., v)."""
         logits = self.to_logits(embeds)
@@ -320,9 +324,10 @@ class PaLM(PretrainedMixin, nn.Module):
         """
         if places is not None:
             check_places(places, x, return_only_embedding)
-        if self.training and torch.is_grad_enabled() and only_computed(x) and x.device.type == "cpu":
-            keep_freed_memory()
+        if torch.is_grad_enabled() and only_computed(x):
             native_step.forget(self)
+            if self.training and x.device.type == "cpu":
+                keep_freed_memory()
         if segment_ids is not None and cache is not None:
             raise ValueError("a key/value cache holds one document a row, so segment_ids cannot go with it")
         if return_loss:

@@ -39,23 +39,23 @@ def onednn_is_faster() -> bool:
 
 @cache
 def ours_is_faster() -> bool:
-    """Whether native/product.cpp is to multiply instead of MKL: on such processors without AVX-512, for which MKL does
-    less well. On an AMD EPYC (Milan), two cores, in turn, at 1,280 and 2,048 rows: 1.0 to 1.35 times as fast, the more
-    the less of its cores others leave.
+    """Whether native/product.cpp, not MKL, is to multiply: on x86 processors that are not Intel's and have AVX2, but no
+    AVX-512. On an AMD EPYC (Milan), two cores, in turn, at 1,280 and 2,048 rows: 1.0 to 1.35 times as fast, the more
+    the busier others keep the processor.
     """
     return is_not_intel_with("fma", "avx2") and not is_not_intel_with("avx512f")
 
 
 def only_computed(*tensors: Tensor) -> bool:
-    """Whether these are numbers to compute with and nothing else: not traced or compiled, without tangents, and not
-    what torch.func or a dispatch mode puts in the place of numbers. Those follow torch's own operations alone.
+    """Whether these are numbers to compute with and nothing else: strided, not traced or compiled, without tangents,
+    neither torch.func nor a dispatch mode at work. Those follow torch's own operations alone.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return False
-    if _get_current_dispatch_mode() is not None:
+    if _get_current_dispatch_mode() is not None or torch._C._are_functorch_transforms_active():
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
-    return all(type(t) in KINDS and not any(is_so(t) for is_so in wrapped) for t in tensors)
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return all(type(t) in KINDS and t.layout is torch.strided and not t.is_neg() and not batched(t) for t in tensors)
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -75,8 +75,8 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def by_ours(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` is the faster way to x (..., i) times weight (o, i), and gives the same."""
-    if not only_computed(x, weight) or x.ndim < 2:
-        return False
+    if not only_computed(x, weight) or x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        return False  # torch says what is wrong
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
     rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
@@ -115,7 +115,8 @@ def multiplied(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor
 
 def to_weight(gradient: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The gradient of a weight, from that of what it made (m, o) of x (m, i): (o, i), into `out` if it is given."""
-    if not torch.is_grad_enabled() and by_ours(gradient.t(), x.t()):
+    in_rows = out is None or out.is_contiguous()  # that of a weight which is a transposed view is not
+    if in_rows and not torch.is_grad_enabled() and by_ours(gradient.t(), x.t()):
         return product(gradient.t(), x.t(), out=out)
     return torch.mm(gradient.t(), x, out=out)
 
@@ -128,6 +129,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return Product.apply(x, weight)
     return way(x, weight)
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x (..., n) -> (m, n)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class Linear(nn.Linear):
@@ -151,5 +157,5 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         to_x = linear(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        learned = to_weight(gradient.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        learned = to_weight(*map(as_matrix, (gradient, x))) if ctx.needs_input_grad[1] else None
         return to_x, learned

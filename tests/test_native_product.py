@@ -1,5 +1,7 @@
 """Products in C++ are those of torch, whatever the sizes and the strides, with gradients of any order."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,38 @@ def test_what_is_no_number_is_seen():
     assert found[3].isnan().all() and found[0, 5].isinf() and found[:3, :5].eq(30).all()
 
 
+@pytest.mark.parametrize("sizes", [(0, 5, 4), (5, 0, 4), (5, 6, 0)])
+def test_nothing_to_multiply(sizes):
+    rows, inputs, outputs = sizes
+    x, weight, added = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+    assert torch.equal(product(x, weight), torch.zeros(rows, outputs))
+    assert torch.equal(product(x, weight, added.clone()), added)
+
+
+def test_threads_of_python_do_not_disturb_each_other():
+    def repeat(size):
+        x, weight = torch.randn(size, 50 + size), torch.randn(3 * size, 50 + size)
+        once = product(x, weight)
+        return all(torch.equal(product(x, weight), once) for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, (20, 61, 100, 153)))
+
+
+def test_wrong_sizes_are_refused(everything):
+    x, weight = torch.randn(5, 6), torch.randn(4, 6)
+    for wrong in (torch.randn(4, 5), torch.randn(5)):
+        with pytest.raises(RuntimeError, match="size|shape"):
+            linear(x, wrong)
+    for out in (torch.zeros(5, 5), torch.zeros(4, 5).t()):
+        with pytest.raises(ValueError, match="are multiplied, got"):
+            product(x, weight, out=out)
+    with pytest.raises(ValueError, match=r"\(5, 6\) and \(4, 5\) into \(5, 4\)"):
+        product(x, torch.randn(4, 5))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        to_weight(torch.randn(7, 4), x)
+
+
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
 def test_gradients(everything, trained):
     x, weight = torch.randn(3, 5, 6), torch.randn(4, 6)
@@ -107,6 +141,19 @@ def test_second_derivatives(everything):
 
     for a, b in zip(twice(linear), twice(F.linear), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_transforms_of_torch_are_left_to_torch(everything):
+    x, weight, scales = torch.randn(4, 6), torch.nn.Parameter(torch.randn(3, 6)), torch.randn(2)
+    by_scale = torch.func.grad(lambda s: (linear(x, weight) * s).sum())(scales[0])
+    torch.testing.assert_close(by_scale, (x @ weight.t()).sum().detach())
+    scaled = torch.func.vmap(lambda s: linear(x, weight) * s)(scales)
+    torch.testing.assert_close(scaled, scales[:, None, None] * (x @ weight.t()))
+    back = torch.randn(5, 4, 3)
+    (found,) = torch.autograd.grad(linear(x, weight), weight, back, is_grads_batched=True)
+    torch.testing.assert_close(found, back.transpose(1, 2) @ x)
+    torch.testing.assert_close(linear(torch._neg_view(x), weight), -x @ weight.t())
+    assert not by_ours(torch._neg_view(x), weight)
 
 
 def test_left_to_torch(everything, monkeypatch):
@@ -133,8 +180,38 @@ def test_the_gradient_of_a_weight(everything):
     with torch.no_grad():
         check(to_weight(gradient, x), gradient.t(), x.t())
         to_weight(gradient, x, place[1:10])
-    check(place[1:10], gradient.t(), x.t())
-    assert not place[[0, 10]].any()
+        check(place[1:10], gradient.t(), x.t())
+        assert not place[[0, 10]].any()
+        across = torch.zeros(30, 9).t()  # as the gradient of a weight that is a transposed view
+        check(to_weight(gradient, x, across), gradient.t(), x.t())
+
+
+def test_when_the_gradient_of_a_weight_is_ours(everything, monkeypatch):
+    called, wide = [], torch.randn(7, 20)
+    monkeypatch.setattr(products, "product", lambda *args, **kwargs: called.append(args) or product(*args, **kwargs))
+    monkeypatch.setattr(products, "FEWEST_ROWS", 10)  # rows of the gradient, which are columns of what is given
+    with torch.no_grad():
+        to_weight(wide, torch.randn(7, 8))
+        assert called
+        called.clear()
+        to_weight(wide.t(), torch.randn(20, 8))
+    assert not called
+
+
+def test_a_weight_that_is_a_transposed_view_learns_the_same(everything, monkeypatch):
+    def gradients():
+        torch.manual_seed(0)
+        palm = PaLM(num_tokens=50, dim=24, depth=2, dim_head=8, heads=4)
+        for layer in palm.layers:
+            weight = layer.fn.fused_attn_ff_proj.weight
+            layer.fn.fused_attn_ff_proj.weight = torch.nn.Parameter(weight.detach().t().contiguous().t())
+        palm(torch.randint(0, 50, (3, 17)), return_loss=True).backward()
+        return [p.grad for p in palm.parameters() if p.grad is not None]
+
+    ours = gradients()
+    monkeypatch.setattr(products, "ours_is_faster", lambda: False)
+    for a, b in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -338,10 +338,35 @@ def test_memory_is_kept_from_call_to_call_and_weights_are_laid_out_anew():
 def test_one_who_learns_keeps_no_memory_for_generating():
     palm, ids = new_palm(), torch.tensor([[1, 2, 3]])
     palm.generate(20, ids)
-    palm(ids)
+    with torch.no_grad():
+        palm(ids)
     assert palm in native_step.spare
-    palm.train()(ids)
+    palm(ids)
     assert palm not in native_step.spare
+    palm.generate(20, ids)
+    palm.bfloat16()
+    assert palm not in native_step.spare
+
+
+@torch.no_grad()
+def test_two_who_generate_at_once_have_memory_of_their_own():
+    palm, ids = new_palm(), torch.tensor([[1, 2, 3]])
+    expected = palm.generate(30, ids, temperature=0, decoder="plain")
+    palm.generate(30, ids)  # memory is kept
+    stream = palm.stream(30, ids, temperature=0)
+    tokens = [next(stream)]
+    palm.to_logits.weight.data.neg_()
+    palm.generate(30, ids)
+    palm.to_logits.weight.data.neg_()
+    assert torch.equal(torch.stack([*tokens, *stream], dim=-1), expected)
+
+
+def test_panels_are_filled_up_with_zeros():
+    weight, panels = torch.randn(21, 13), torch.full((2, 13, 16), torch.nan)
+    sizes = ctypes.c_int64(21), ctypes.c_int64(13)
+    library("decode").pack(ctypes.c_void_p(weight.data_ptr()), *sizes, ctypes.c_void_p(panels.data_ptr()))
+    rows = panels.transpose(1, 2).reshape(32, 13)
+    assert torch.equal(rows[:21], weight) and not rows[21:].any()
 
 
 @torch.no_grad()
@@ -351,7 +376,7 @@ def test_few_tokens_of_prompts_are_read_by_the_step(make_step, keywords):
     palm = new_palm(**keywords)
     step, wholes = make_step(palm, 3), [palm.new_cache(5, 40) for _ in range(2)]
     tokens = torch.arange(3 * 14).view(3, 14) % 50
-    for n, lengths in ((9, [9, 1, 5]), (5, [2, 5, 1])):  # the second ones follow the first
+    for n, lengths in ((9, [9, 1, 5]), (5, [2, 4, 1])):  # the second ones follow the first
         real = torch.arange(n) < torch.tensor(lengths)[:, None]
         if n == 9:
             for whole in wholes:
@@ -364,6 +389,17 @@ def test_few_tokens_of_prompts_are_read_by_the_step(make_step, keywords):
         for row, length in enumerate(ours.lengths.tolist()):
             whole.memory[:, 1 + row, length:] = 0  # padding, which nobody sees
     torch.testing.assert_close(wholes[0].memory, wholes[1].memory, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_that_follow_more_keys_than_a_task_attends_to():
+    palm, tokens = new_palm(), torch.arange(550)[None] % 50
+    step, ours, theirs = NativeStep(palm, 1), palm.new_cache(1, 550), palm.new_cache(1, 550)
+    for cache in (ours, theirs):
+        palm(tokens[:, :540], cache=cache, return_only_embedding=True)
+    assert step.read(tokens[:, 540:], torch.ones(1, 10, dtype=torch.bool), ours)
+    palm(tokens[:, 540:], cache=theirs, return_only_embedding=True)
+    torch.testing.assert_close(ours.memory, theirs.memory, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

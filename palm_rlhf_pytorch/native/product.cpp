@@ -10,7 +10,7 @@ extern "C" int omp_get_max_threads();
 
 namespace {
 
-constexpr int TALL = 6; // and WIDE are two registers
+constexpr int TALL = 6;               // rows multiplied at once: their sums, of WIDE columns, leave registers for the rest
 constexpr int64_t DEEP = 768;         // numbers summed in registers at most, before the rest are added in memory:
 constexpr int64_t GROUP = 12 * TALL;  // so many rows of them stay in a core's second cache,
 constexpr int64_t SOME = 8 * WIDE;    // columns of the right factor are laid out by a thread together,
@@ -46,10 +46,12 @@ void multiply_some(const float* a, const float* b, int64_t n, bool more, float* 
   float sums[TALL * WIDE];
   multiply(a, b, n, false, sums, WIDE);
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < columns; i++) out[r * row + i] = (more ? out[r * row + i] : 0.0f) + sums[r * WIDE + i];
+    for (int64_t i = 0; i < columns; i++) out[r * row + i] = more ? out[r * row + i] + sums[r * WIDE + i] : sums[r * WIDE + i];
 }
 
-float* memory(std::vector<float>& kept, int64_t size) {
+// What a thread lays rows, or all threads of a call the right factor, out in: kept for the next call
+template <char FACTOR> float* memory(int64_t size) {
+  static thread_local std::vector<float> kept;
   if (int64_t(kept.size()) < size) kept.resize(size);
   return kept.data();
 }
@@ -63,14 +65,16 @@ int64_t part(int64_t size, int64_t count, int64_t multiple) { return parts(parts
 // in one order, whatever rows and columns come with it, and whatever the threads.
 extern "C" void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, int64_t b_column,
                         int64_t m, int64_t k, int64_t n, bool more, float* out, int64_t row) {
-  static thread_local std::vector<float> right, left;
+  if (k == 0 && !more)
+    for (int64_t r = 0; r < m; r++) std::fill_n(out + r * row, n, 0.0f);
+  if (m == 0 || k == 0 || n == 0) return;
   const Matrix of_a = {a, a_row, a_column}, of_b = {b, b_column, b_row}; // b by its columns
   const int64_t threads = omp_get_max_threads(), deep = part(k, parts(k, DEEP), EIGHT);
   const int64_t width = LAID_OUT / deep / WIDE * WIDE, tall = part(m, parts(parts(m, GROUP), threads) * threads, TALL);
-  float* const panels = memory(right, std::min(width, parts(n, WIDE) * WIDE) * deep);
+  float* const panels = memory<'b'>(std::min(width, parts(n, WIDE) * WIDE) * deep);
 #pragma omp parallel
   {
-    float* const rows = memory(left, tall * deep + EIGHT);
+    float* const rows = memory<'a'>(tall * deep + EIGHT);
     for (int64_t first = 0; first < n; first += width)
       for (int64_t c = 0; c < k; c += deep) {
         const int64_t columns = std::min(width, n - first), depth = std::min(deep, k - c);
