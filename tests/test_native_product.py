@@ -133,6 +133,12 @@ def test_gradients(everything, trained):
             torch.testing.assert_close(a, b)
 
 
+def test_the_input_of_a_frozen_weight_is_not_kept(everything):
+    x, weight = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6)
+    assert linear(x, weight).grad_fn.saved_tensors[0] is None
+    assert linear(x, weight.requires_grad_()).grad_fn.saved_tensors[0] is not None
+
+
 def test_second_derivatives(everything):
     def twice(multiply):
         x, weight = (torch.linspace(-1, 1, n).view(-1, 3).requires_grad_() for n in (12, 6))
