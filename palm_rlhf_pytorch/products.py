@@ -40,8 +40,7 @@ def onednn_is_faster() -> bool:
 @cache
 def ours_is_faster() -> bool:
     """Whether native/product.cpp, not MKL, is to multiply: on x86 processors that are not Intel's and have AVX2, but no
-    AVX-512. On an AMD EPYC (Milan), two cores, in turn, at 1,280 and 2,048 rows: 1.0 to 1.35 times as fast, the more
-    the busier others keep the processor.
+    AVX-512. On an AMD EPYC (Milan), two cores: benchmarks/products.py.
     """
     return is_not_intel_with("fma", "avx2") and not is_not_intel_with("avx512f")
 
@@ -58,31 +57,29 @@ def only_computed(*tensors: Tensor) -> bool:
     return all(type(t) in KINDS and t.layout is torch.strided and not t.is_neg() and not batched(t) for t in tensors)
 
 
+def float32_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (..., i) and a weight (o, i) can go to other code than torch's. Where they do not fit torch says so."""
+    if not only_computed(x, weight) or weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    floats = x.dtype == weight.dtype == torch.float32
+    return floats and x.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiplied` is the faster way to x (..., i) times weight (o, i), and gives the same."""
-    if not only_computed(x, weight):
-        return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
-    if x.numel() * weight.shape[0] < SMALL:
-        return False
-    if x.numel() // x.shape[-1] % ROWS:
+    if not float32_on_cpu(x, weight) or x.numel() * weight.shape[0] < SMALL or x.numel() // x.shape[-1] % ROWS:
         return False
     if not (weight.is_contiguous() or weight.t().is_contiguous()):  # for others it has no fast code: 1,000 times slower
         return False
-    return onednn_is_faster() and not torch.is_autocast_enabled("cpu")
+    return onednn_is_faster()
 
 
 def by_ours(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` is the faster way to x (..., i) times weight (o, i), and gives the same."""
-    if not only_computed(x, weight) or x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
-        return False  # torch says what is wrong
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if not float32_on_cpu(x, weight) or x.ndim < 2 or 1 not in weight.stride():
         return False
     rows, (outputs, inputs) = x.shape[:-1].numel(), weight.shape
     if rows < FEWEST_ROWS or min(outputs, inputs) < NARROWEST or rows * inputs * outputs < LARGE:
-        return False
-    if 1 not in weight.stride() or torch.is_autocast_enabled("cpu"):
         return False
     return ours_is_faster() and library("product") is not None
 

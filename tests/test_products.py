@@ -31,6 +31,12 @@ def test_the_product(x_shape):
         torch.testing.assert_close(multiplied(x, weight, added), F.linear(x, weight) + added)
 
 
+def test_wrong_sizes_are_refused():
+    for wrong in (torch.randn(4, 5), torch.randn(5)):
+        with pytest.raises(RuntimeError, match="size|shape"):
+            linear(torch.randn(7, 6), wrong)
+
+
 def test_the_module():
     module, x = Linear(6, 4, bias=False), torch.randn(3, 6)
     torch.testing.assert_close(module(x), x @ module.weight.t())
