@@ -169,11 +169,18 @@ void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others,
 
 } // namespace
 
-// weight (outputs, inputs) -> panels (ceil(outputs / WIDE), inputs, WIDE), filled up with 0
-extern "C" void pack(const float* weight, int64_t outputs, int64_t inputs, float* panels) {
+// weight (outputs, inputs) -> `Panels`, filled up with 0
+extern "C" void pack(const float* weight, int64_t outputs, int64_t inputs, float* to) {
+  const Panels panels{inputs, outputs};
+  const int64_t part = panels.part();
 #pragma omp parallel for schedule(static)
-  for (int64_t o = 0; o < outputs; o += WIDE)
-    lay_out<WIDE>({weight + o * inputs, inputs, 1}, std::min<int64_t>(WIDE, outputs - o), inputs, panels + o * inputs);
+  for (int64_t panel = 0; panel < panels.count(); panel++) {
+    const int64_t rows = std::min<int64_t>(WIDE, outputs - panel * WIDE);
+    const Matrix from{weight + panel * WIDE * inputs, inputs, 1};
+    for (int64_t s = 0; s < STREAMS; s++)
+      lay_out<WIDE>(from.from(0, s * part), rows, part, to + s * panels.stream() + panels.of_part(panel));
+    lay_out<WIDE>(from.from(0, STREAMS * part), rows, panels.left(), to + panels.of_left(panel));
+  }
 }
 
 extern "C" int64_t room_of(const Step* s) {
@@ -206,21 +213,21 @@ extern "C" void step(const Step* given) {
       const int64_t stride = computed ? given_width : s.width(), ff = computed ? 0 : s.ff;
       if (!computed) {
         normed(layer.gain, layer.eps);
-        Product{laid, rows, layer.into, s.dim, s.width(), nullptr, y}.shared();
+        Product{laid, rows, layer.into, {s.dim, s.width()}, nullptr, y}.shared();
       }
 #pragma omp single nowait
       next[0] = next[1] = 0;
       remember(s, layer, projected, stride, memory);
       gate(projected + s.qkv(), stride, ff, rows, laid);
-      const Product of_ff{laid, rows, layer.of_ff, ff, s.dim, x, x};
+      const Product of_ff{laid, rows, layer.of_ff, {ff, s.dim}, x, x};
       by_turns(next, s.parts(), [&](int64_t task) { attend(s, layer, projected, stride, memory, task, room, parts); },
                ff ? of_ff.tasks() : 0, of_ff);
       unite(s, layer, parts, rows, laid);
-      Product{laid, rows, layer.of_attention, s.attention(), s.dim, x, x}.shared();
+      Product{laid, rows, layer.of_attention, {s.attention(), s.dim}, x, x}.shared();
     }
     if (s.logits) {
       normed(s.gain, s.eps);
-      Product{laid, rows, s.to_logits, s.dim, s.vocab, nullptr, s.logits}.shared();
+      Product{laid, rows, s.to_logits, {s.dim, s.vocab}, nullptr, s.logits}.shared();
     }
   }
 }
