@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import chain
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ WORTH = 2  # times as many tokens as there are must be drawn for the first layer
 class Layer(ctypes.Structure):
     """decode.cpp's struct of that name."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("gain", "into", "of_attention", "of_ff")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("gain", "qkv", "gated", "out")]
     _fields_ += [(name, ctypes.c_int64) for name in ("turns", "window")] + [("eps", ctypes.c_double)]
 
 
@@ -78,8 +79,7 @@ class NativeStep(PackedStep):
     def _lay_out(self) -> None:
         palm, blocks = self.palm, [layer.fn for layer in self.palm.layers]
         self.kept = []  # what the pointers point to
-        weights = [palm.to_logits.weight, *(weight for block in blocks for weight in block.matrices)]
-        needed = sum(filled_up(len(w)) * w.shape[1] for w in weights)
+        needed = sum(map(laid_out, (palm.to_logits.weight, *chain(*map(matrices, blocks)))))
         if self.memory.numel() < needed:
             self.memory = huge_pages.zeros(self.room, needed)
         self.free = self.memory
@@ -97,24 +97,28 @@ class NativeStep(PackedStep):
 
     def _layer(self, block: ParallelTransformerBlock, window: int, computed: bool) -> Layer:
         """A block's weights; of a `computed` one only the way out of its attention."""
-        into, of_attention, of_ff = block.matrices
-        weights = (None, of_attention, None) if computed else (into, of_attention, of_ff)
-        panels = (None if weight is None else self._panels(weight) for weight in weights)
+        qkv, values, gates, of_attention, of_ff = matrices(block)
+        panels = (
+            (None, None, self._panels(of_attention))
+            if computed
+            else (self._panels(qkv), self._panels(values, gates, in_turn=True), self._panels(of_attention, of_ff))
+        )
         return Layer(self._gain(block.norm), *panels, block.rotates, window, block.norm.eps)
 
     def _gain(self, norm: LayerNorm) -> int:
         return self._address(norm.gamma.detach() + 1)
 
-    def _panels(self, weight: Tensor) -> int:
-        """A weight (o, i) in panels of WIDE outputs, each (i, WIDE)."""
-        (outputs, inputs), weight = weight.shape, weight.detach().contiguous()
-        panels, self.free = self.free.tensor_split([filled_up(outputs) * inputs])
-        library("decode").pack(
-            ctypes.c_void_p(weight.data_ptr()),
-            ctypes.c_int64(outputs),
-            ctypes.c_int64(inputs),
-            ctypes.c_void_p(panels.data_ptr()),
-        )
+    def _panels(self, *weights: Tensor, in_turn: bool = False) -> int:
+        """Weights (o, i) in panels of WIDE outputs: all of each panel's inputs, or a panel of each weight in turn."""
+        panels, self.free = self.free.tensor_split([sum(map(laid_out, weights))])
+        inputs, step = (weights[0].shape[1], len(weights)) if in_turn else (sum(w.shape[1] for w in weights), 1)
+        begin = 0
+        for i, weight in enumerate(weights):
+            numbers = *weight.shape, begin, inputs, i if in_turn else 0, step
+            begin += 0 if in_turn else weight.shape[1]
+            weight = weight.detach().contiguous()
+            addresses = (ctypes.c_void_p(t.data_ptr()) for t in (weight, panels))
+            library("decode").pack(*addresses, *map(ctypes.c_int64, numbers))
         return self._address(panels)
 
     def close(self) -> None:
@@ -186,9 +190,17 @@ def forget(palm: PaLM) -> None:
     spare.pop(palm, None)
 
 
-def filled_up(outputs: int) -> int:
-    """How many outputs whole panels have."""
-    return -(-outputs // WIDE) * WIDE
+def matrices(block: ParallelTransformerBlock) -> tuple[Tensor, ...]:
+    """The weights for queries, keys and values, for SwiGLU's values and its gates, and of both ways out."""
+    into, of_attention, of_ff = block.matrices
+    queries, keys, values, both = block.fused_dims
+    return *into.split([queries + keys + values, both // 2, both // 2]), of_attention, of_ff
+
+
+def laid_out(weight: Tensor) -> int:
+    """How many numbers its panels have, which are whole."""
+    outputs, inputs = weight.shape
+    return -(-outputs // WIDE) * WIDE * inputs
 
 
 def check_room(cache: KVCache, palm: PaLM, more: int) -> None:

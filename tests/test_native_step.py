@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from einops import rearrange
 
 from palm_rlhf_pytorch import native_step
 from palm_rlhf_pytorch.native import library
@@ -361,12 +362,41 @@ def test_two_who_generate_at_once_have_memory_of_their_own():
     assert torch.equal(torch.stack([*tokens, *stream], dim=-1), expected)
 
 
-def test_panels_are_filled_up_with_zeros():
-    weight, panels = torch.randn(21, 13), torch.full((2, 13, 16), torch.nan)
-    sizes = ctypes.c_int64(21), ctypes.c_int64(13)
-    library("decode").pack(ctypes.c_void_p(weight.data_ptr()), *sizes, ctypes.c_void_p(panels.data_ptr()))
-    rows = panels.transpose(1, 2).reshape(32, 13)
+def packed(weight, panels, *numbers):
+    addresses = (ctypes.c_void_p(t.data_ptr()) for t in (weight, panels))
+    library("decode").pack(*addresses, *map(ctypes.c_int64, (*weight.shape, *numbers)))
+
+
+def unpacked(panels, count, inputs):
+    """Panels in 4 streams that have an input each in turn, and the inputs that are left -> (count, 16, inputs)."""
+    part, left = divmod(inputs, 4)
+    streams, rest = panels.split([4 * count * part * 16, count * left * 16])
+    streams = rearrange(streams.view(4, count, part, 16), "s p i o -> p o (i s)")
+    return torch.cat((streams, rest.view(count, left, 16).mT), dim=-1)
+
+
+@pytest.mark.parametrize("inputs", [16, 13])
+def test_panels_are_filled_up_with_zeros(inputs):
+    weight, panels = torch.randn(21, inputs), torch.full((2 * 16 * inputs,), torch.nan)
+    packed(weight, panels, 0, inputs, 0, 1)
+    rows = unpacked(panels, 2, inputs).flatten(0, 1)
     assert torch.equal(rows[:21], weight) and not rows[21:].any()
+
+
+def test_panels_of_weights_in_turn():
+    weights, panels = torch.randn(2, 21, 13), torch.full((4 * 16 * 13,), torch.nan)
+    for first, weight in enumerate(weights):
+        packed(weight, panels, 0, 13, first, 2)
+    rows = rearrange(unpacked(panels, 4, 13), "(p w) o i -> w (p o) i", w=2)
+    assert torch.equal(rows[:, :21], weights) and not rows[:, 21:].any()
+
+
+def test_panels_of_weights_with_all_of_their_inputs():
+    one, other, panels = torch.randn(21, 9), torch.randn(21, 14), torch.full((2 * 16 * 23,), torch.nan)
+    packed(one, panels, 0, 23, 0, 1)
+    packed(other, panels, 9, 23, 0, 1)
+    rows = unpacked(panels, 2, 23).flatten(0, 1)
+    assert torch.equal(rows[:21], torch.cat((one, other), dim=-1)) and not rows[21:].any()
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-// A decoding step on a CPU, one token a row, all layers of it: norm, products with weights in panels, and between them
-// keys and queries turned, keys and values stored, attention over what each row has, SwiGLU beside it. A few tokens of a
+// A decoding step on a CPU, one token a row, all layers of it: norm, queries, keys and values, these turned and stored,
+// attention over what each row has and beside it the way into SwiGLU, then both ways out as one. A few tokens of a
 // prompt are a step too, of as many rows, which share memory. The plain twin is PackedStep, of prompts PaLM. float32;
 // head sizes are multiples of 16.
 
@@ -15,11 +15,10 @@ extern "C" int omp_get_num_threads();
 namespace {
 
 constexpr int SPAN = 512;  // keys of a row that one task attends to. native_step.py knows it too
-constexpr int BLOCK = 128; // features of SwiGLU that one task takes
 
 // What native_step.py says of a layer, in its order
 struct Layer {
-  const float *gain, *into, *of_attention, *of_ff; // of the norm; (dim, width), (attention, dim), (ff, dim) in panels
+  const float *gain, *qkv, *gated, *out; // of the norm; (dim, qkv), (dim, ff) twice and (attention + ff, dim) in panels
   int64_t turns, window; // whether places count; keys that a query sees, itself included
   double eps;
 };
@@ -42,11 +41,10 @@ struct Step {
   int64_t attention() const { return heads * d; }
   int64_t slot() const { return 2 * kv_heads * d; }
   int64_t qkv() const { return attention() + slot(); }
-  int64_t width() const { return qkv() + 2 * ff; }
+  int64_t mixed() const { return attention() + ff; } // what a layer adds up
   int64_t group() const { return heads / kv_heads; }
   int64_t chunks() const { return (group() + HEADS - 1) / HEADS; } // of the heads that share keys
   int64_t parts() const { return rows * kv_heads * chunks() * spans; } // of attention
-  int64_t widest() const { return std::max({dim, attention(), ff}); }
 };
 
 // the sum of f(x) over n features
@@ -71,7 +69,7 @@ void normalise(const float* x, const float* gain, double eps, int64_t n, float* 
 // y (rows, qkv), `stride` floats apart: keys and values go into a layer's memory
 void remember(const Step& s, const Layer& layer, const float* y, int64_t stride, float* memory) {
   const int64_t kv_width = s.kv_heads * s.d;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
   for (int64_t r = 0; r < s.rows; r++) {
     float* kept = memory + (s.places[r] * s.max_len + s.lengths[r]) * s.slot();
     const float* k = y + r * stride + s.attention();
@@ -81,22 +79,6 @@ void remember(const Step& s, const Layer& layer, const float* y, int64_t stride,
     }
     std::copy_n(k + kv_width, kv_width, kept + kv_width);
   }
-}
-
-// values and gates (rows, 2 ff), `stride` apart -> SwiGLU, laid out by `rows`: a thread writes whole lines
-void gate(const float* y, int64_t stride, int64_t ff, const Rows& rows, float* laid) {
-  const int64_t blocks = (ff + BLOCK - 1) / BLOCK;
-#pragma omp for schedule(static) collapse(2)
-  for (int64_t first = 0; first < rows.count; first += rows.size)
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t many = rows.of_block(first), c = block * BLOCK, n = std::min<int64_t>(BLOCK, ff - c);
-      for (int64_t r = 0; r < many; r++) {
-        alignas(64) float gated[BLOCK];
-        const float* value = y + (first + r) * stride + c;
-        swiglu(value, value + ff, n, gated);
-        for (int64_t i = 0; i < n; i++) laid[first * ff + (c + i) * many + r] = gated[i];
-      }
-    }
 }
 
 // A part of attention: some heads of a row, over one of its spans of keys. Spans begin where the row's window does.
@@ -126,8 +108,8 @@ void attend(const Step& s, const Layer& layer, const float* y, int64_t stride, c
   else over(Places<true>(keys, s.slot(), s.kv_heads * s.d, s.d));
 }
 
-// what the parts of a row's attention make together -> (rows, attention), laid out by `rows`
-void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, float* laid) {
+// what the parts of a row's attention make together -> laid out by `rows`, the first of so many features
+void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, int64_t features, float* laid) {
 #pragma omp for schedule(static) collapse(2)
   for (int64_t first = 0; first < rows.count; first += rows.size)
     for (int64_t head = 0; head < s.heads; head++)
@@ -139,7 +121,7 @@ void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, fl
         float most = -INFINITY, total = 0.0f;
         for (int64_t i = 0; i < spans; i++) most = std::max(most, part(i).most[h]);
         for (int64_t i = 0; i < spans; i++) total += std::exp2(part(i).most[h] - most) * part(i).totals[h];
-        float* const to = laid + first * s.attention() + head * s.d * many + r - first;
+        float* const to = laid + first * features + head * s.d * many + r - first;
         for (int64_t i = 0; i < spans; i++) {
           const float times = std::exp2(part(i).most[h] - most) / total, *values = part(i).values + h * s.d;
           for (int64_t c = 0; c < s.d; c++) to[c * many] = (i ? to[c * many] : 0.0f) + times * values[c];
@@ -169,37 +151,36 @@ void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others,
 
 } // namespace
 
-// weight (outputs, inputs) -> `Panels`, filled up with 0
-extern "C" void pack(const float* weight, int64_t outputs, int64_t inputs, float* to) {
-  const Panels panels{inputs, outputs};
-  const int64_t part = panels.part();
+// weight (outputs, own) -> inputs `begin` and on of every `step`th of the panels from `first` on, filled up with 0
+extern "C" void pack(const float* weight, float* to, int64_t outputs, int64_t own, int64_t begin, int64_t inputs, int64_t first,
+                     int64_t step) {
+  const Panels panels{inputs, panels_of(outputs) * step};
 #pragma omp parallel for schedule(static)
-  for (int64_t panel = 0; panel < panels.count(); panel++) {
-    const int64_t rows = std::min<int64_t>(WIDE, outputs - panel * WIDE);
-    const Matrix from{weight + panel * WIDE * inputs, inputs, 1};
-    for (int64_t s = 0; s < STREAMS; s++)
-      lay_out<WIDE>(from.from(0, s * part), rows, part, to + s * panels.stream() + panels.of_part(panel));
-    lay_out<WIDE>(from.from(0, STREAMS * part), rows, panels.left(), to + panels.of_left(panel));
+  for (int64_t o = 0; o < outputs; o += WIDE) {
+    const int64_t panel = first + o / WIDE * step;
+    lay_out<WIDE>({weight + o * own, own, 1}, std::min<int64_t>(WIDE, outputs - o), own,
+                  [&](int64_t, int64_t i) { return to + panels.at(panel, begin + i); });
   }
 }
 
 extern "C" int64_t room_of(const Step* s) {
-  return s->parts() * Attended::size(s->d) + s->rows * (s->dim + s->widest() + s->width());
+  return s->parts() * Attended::size(s->d) + s->rows * (2 * s->dim + s->mixed() + s->qkv());
 }
 
 extern "C" void step(const Step* given) {
   const Step& s = *given;
   const Rows rows(s.rows);
-  float *parts = s.room, *x = parts + s.parts() * Attended::size(s.d), *laid = x + s.rows * s.dim, *y = laid + s.rows * s.widest();
+  float *parts = s.room, *x = parts + s.parts() * Attended::size(s.d), *normed = x + s.rows * s.dim;
+  float *mixed = normed + s.rows * s.dim, *y = mixed + s.rows * s.mixed();
   std::atomic<int64_t> next[2];
 #pragma omp parallel
   {
     Room room(s.d);
-    const auto normed = [&](const float* gain, double eps) {
+    const auto norm = [&](const float* gain, double eps) {
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < s.rows; first += rows.size) // one thread writes a block's lines
         for (int64_t r = first; r < first + rows.of_block(first); r++)
-          normalise(x + r * s.dim, gain, eps, s.dim, laid + rows.begin(r, s.dim), rows.of_block(first));
+          normalise(x + r * s.dim, gain, eps, s.dim, normed + rows.begin(r, s.dim), rows.of_block(first));
     };
     const int64_t given_width = s.computed ? s.qkv() + s.dim : s.dim;
 #pragma omp for schedule(static)
@@ -210,24 +191,23 @@ extern "C" void step(const Step* given) {
       const bool computed = s.computed && i == 0;
       const float* projected = computed ? s.tokens : y;
       float* memory = s.memory + i * s.layer_memory;
-      const int64_t stride = computed ? given_width : s.width(), ff = computed ? 0 : s.ff;
+      const int64_t stride = computed ? given_width : s.qkv(), ff = computed ? 0 : s.ff, features = s.attention() + ff;
       if (!computed) {
-        normed(layer.gain, layer.eps);
-        Product{laid, rows, layer.into, {s.dim, s.width()}, nullptr, y}.shared();
+        norm(layer.gain, layer.eps);
+        product({normed, rows, layer.qkv, {s.dim, panels_of(s.qkv())}}, s.qkv(), nullptr, y);
       }
 #pragma omp single nowait
       next[0] = next[1] = 0;
       remember(s, layer, projected, stride, memory);
-      gate(projected + s.qkv(), stride, ff, rows, laid);
-      const Product of_ff{laid, rows, layer.of_ff, {ff, s.dim}, x, x};
+      const Multiplied into{normed, rows, layer.gated, {s.dim, 2 * panels_of(ff)}};
       by_turns(next, s.parts(), [&](int64_t task) { attend(s, layer, projected, stride, memory, task, room, parts); },
-               ff ? of_ff.tasks() : 0, of_ff);
-      unite(s, layer, parts, rows, laid);
-      Product{laid, rows, layer.of_attention, {s.attention(), s.dim}, x, x}.shared();
+               panels_of(ff), [&](int64_t panel) { gated(into, panel, ff, mixed, features, s.attention()); });
+      unite(s, layer, parts, rows, features, mixed);
+      product({mixed, rows, layer.out, {features, panels_of(s.dim)}}, s.dim, x, x);
     }
     if (s.logits) {
-      normed(s.gain, s.eps);
-      Product{laid, rows, s.to_logits, {s.dim, s.vocab}, nullptr, s.logits}.shared();
+      norm(s.gain, s.eps);
+      product({normed, rows, s.to_logits, {s.dim, panels_of(s.vocab)}}, s.vocab, nullptr, s.logits);
     }
   }
 }
