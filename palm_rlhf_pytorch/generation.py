@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
+from palm_rlhf_pytorch import native_draw, utils
 from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
 from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask
-from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_largest, nucleus
+from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_largest, nucleus, uniform_numbers
 from palm_rlhf_pytorch.vocabulary import log_softmax, tempered
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
@@ -50,14 +52,38 @@ class Sampling:
         return logits if self.top_p is None else nucleus(logits, self.top_p)
 
     def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Logits (b, v) -> tokens (b,), and the log-probs (b, v) that they were drawn from (of the likeliest tokens at
-        temperature 0: the model's).
+        """Logits (b, v) -> tokens (b,), and their log-probs (b,) in the distribution that they were drawn from (of the
+        likeliest tokens at temperature 0: the model's).
         """
-        log_probs = log_softmax(self.shape(logits))
+        kept = self._kept(logits.shape[-1]) if native_draw.fits(logits) else None
+        if kept is not None:
+            uniform = uniform_numbers(len(logits), logits.device, generator) if self.temperature else None
+            return native_draw.drawn(logits, uniform, self.temperature, *kept)
+        logits = self.shape(logits)
+        log_probs = log_softmax(logits)
         if self.temperature == 0:
-            return log_probs.argmax(dim=-1), log_probs
-        sample = gumbel_sample if log_probs.is_cuda else inverse_cdf_sample
-        return sample(log_probs, generator=generator), log_probs
+            tokens = logits.argmax(dim=-1)
+        else:
+            sample = gumbel_sample if log_probs.is_cuda else inverse_cdf_sample
+            tokens = sample(log_probs, generator=generator)
+        return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+
+    def _kept(self, vocabulary: int) -> tuple[int, float, float] | None:
+        """How many of the largest logits `shape` keeps at most, and of these what mass at what temperature; None where
+        it does otherwise.
+        """
+        own, temperature = self.filter_logits, self.temperature or 1.0
+        count, mass = self.top_k or vocabulary, 1.0 if self.top_p is None else self.top_p
+        if own is None:
+            return count, mass, temperature
+        if not isinstance(own, partial) or own.args or own.keywords.keys() != {"thres"}:
+            return None
+        thres = own.keywords["thres"]
+        if own.func is utils.top_k:
+            return min(count, utils.count_of(thres, vocabulary)), mass, temperature
+        if own.func is utils.top_p and self.top_k is self.top_p is None:
+            return vocabulary, 1 - thres, 1.0
+        return None
 
 
 @dataclass
@@ -219,9 +245,8 @@ def decode(
             if steps == 0 and not logits.isfinite().all():
                 raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
             tokens, log_probs = sampling.draw(logits, generator)
-            log_probs = log_probs.gather(-1, tokens[:, None]).squeeze(-1) if return_log_probs else None
             positions = step.cache.lengths
-            yield Step(rows.rows, positions, tokens, log_probs, rows.alive, rows.ended)
+            yield Step(rows.rows, positions, tokens, log_probs if return_log_probs else None, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1
             rows.alive = rows.alive & (positions < rows.last)
             if eos is not None:

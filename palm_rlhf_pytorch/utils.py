@@ -52,8 +52,13 @@ def inverse_cdf_sample(log_probs: Tensor, generator: torch.Generator | None = No
     """
     cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device, generator=generator)
+    uniform = uniform_numbers(len(cdf), cdf.device, generator)[:, None]
     return torch.searchsorted(cdf, uniform * total, right=True).squeeze(-1)
+
+
+def uniform_numbers(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Numbers (count,) from 0 to below 1, in float64."""
+    return torch.rand((count,), dtype=torch.float64, device=device, generator=generator)
 
 
 def keep_largest(logits: Tensor, count: int) -> Tensor:
@@ -78,7 +83,12 @@ def nucleus(logits: Tensor, mass: float) -> Tensor:
 
 def top_k(logits: Tensor, thres: float = 0.9) -> Tensor:
     """The reference's convention: keep the ceil((1 - thres) * v) largest of logits (..., v)."""
-    return keep_largest(logits, max(1, math.ceil((1 - thres) * logits.shape[-1])))
+    return keep_largest(logits, count_of(thres, logits.shape[-1]))
+
+
+def count_of(thres: float, vocabulary: int) -> int:
+    """How many tokens the reference's top_k keeps."""
+    return max(1, math.ceil((1 - thres) * vocabulary))
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:

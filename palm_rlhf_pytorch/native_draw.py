@@ -1,0 +1,48 @@
+"""Tokens drawn on a CPU in one call of C++ (native/draw.cpp), which reads each row of logits a few times."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.products import only_computed
+
+
+class Call(ctypes.Structure):
+    """draw.cpp's struct of that name."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "vocab", "row")] + [("logits", ctypes.c_void_p)]
+    _fields_ += [("temperature", ctypes.c_double), ("count", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_double) for name in ("mass", "mass_temperature")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("uniform", "tokens", "log_probs")]
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether logits (b, v) lie as C++ reads them, nobody wants gradients, and it could be compiled."""
+    if not only_computed(logits) or logits.ndim != 2 or (torch.is_grad_enabled() and logits.requires_grad):
+        return False
+    plain = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride(1) == 1
+    return plain and logits.shape[1] > 0 and library("draw") is not None
+
+
+def drawn(
+    logits: Tensor, uniform: Tensor | None, temperature: float, count: int, mass: float, mass_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Logits (b, v) that fit -> tokens (b,) and their log-probs (b,) under softmax(logits / temperature), where the
+    `count` largest logits are kept, and of these the fewest with more than `mass` of what they have at its temperature.
+
+    Numbers `uniform` (b,), float64, from 0 to below 1 say which; temperature 0 needs none and takes the likeliest, with
+    its log-prob at 1.
+    """
+    rows, vocab = logits.shape
+    tokens, log_probs = logits.new_empty(rows, dtype=torch.long), logits.new_empty(rows)
+    call = Call(rows, vocab, logits.stride(0), logits.data_ptr(), temperature, count, mass, mass_temperature)
+    call.tokens, call.log_probs = tokens.data_ptr(), log_probs.data_ptr()
+    if uniform is not None:
+        uniform = uniform.contiguous()
+        call.uniform = uniform.data_ptr()
+    library("draw").draw(ctypes.byref(call))
+    return tokens, log_probs
