@@ -3,16 +3,14 @@
 python benchmarks/attention.py
 """
 
-import argparse
-import os
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import limits, record, table, three
+from harness import limits
 from torch import Tensor
+from twins import in_turn, options_of, show
 
 from palm_rlhf_pytorch.fused_attention import fits, fused_attention
 
@@ -38,58 +36,35 @@ def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return fused_attention(q, k, v, causal=True)
 
 
-def seconds(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, to_out: Tensor, learns: bool) -> float:
-    started = time.perf_counter()
+def work(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, to_out: Tensor, learns: bool) -> None:
     with torch.set_grad_enabled(learns):
         out = attend(q, k, v)
         if learns:
             torch.autograd.grad(out, (q, k, v), to_out)
-    return time.perf_counter() - started
 
 
 def row(shape: tuple[int, ...], learns: bool, repeats: int, matmul: float) -> dict[str, str]:
-    """Medians and quartiles of both, after a warm-up in which they are seen to agree."""
+    """Both, once they are seen to agree."""
     given = inputs(*shape)
     if not fits(*given[:3], causal=True):
         raise SystemExit("attention.cpp does not work here: is there a C++ compiler?")
     torch.testing.assert_close(ours(*given[:3]), theirs(*given[:3]), rtol=1e-4, atol=1e-4)
-    spent = {attend: [] for attend in (theirs, ours)}
-    for _ in range(repeats + 1):
-        for attend, found in spent.items():
-            found.append(seconds(attend, *given, learns))
-    (torch_low, torch_ms, torch_high), (low, ms, high) = (
-        [1e3 * q for q in statistics.quantiles(found[1:], n=4)] for found in spent.values()
-    )
+    cells, ms = in_turn(*(partial(work, attend, *given, learns) for attend in (theirs, ours)), repeats)
     b, heads, _, n, d = shape
     needed = b * heads * n * (n + 1) / 2 * d * 4 * (3.5 if learns else 1.0)  # causal; backward is 2.5 times forward
     return {
         "b, h, kv, n, d": ", ".join(map(str, shape)),
         "pass": "forward and backward" if learns else "forward",
-        "torch, ms": f"{three(torch_ms)} ({three(torch_low)} to {three(torch_high)})",
-        "ours, ms": f"{three(ms)} ({three(low)} to {three(high)})",
-        "times as fast": f"{torch_ms / ms:.2f}",
+        **cells,
         "share of matmul peak": f"{needed / ms * 1e3 / matmul:.0%}",
     }
 
 
 def main() -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both")
-    parser.add_argument("--repeats", type=int, default=25, help="timed runs of each, in turn, after a warm-up")
-    parser.add_argument("--record", action="store_true", help="also write the result into benchmarks/RESULTS.md")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = options_of(__doc__)
     limit = limits("cpu", "float32", options.threads)
     rows = [row(shape, learns, options.repeats, limit.matmul) for shape in SHAPES for learns in (False, True)]
-    shown = table(rows)
-    notes = (
-        f"Causal, float32, {options.threads} threads; medians and quartiles of {options.repeats}. Share: of operations "
-        f"that a causal mask leaves. {limit}"
-    )
-    print(shown, notes, sep="\n\n")
-    if options.record:
-        record("attention, cpu", shown, notes)
+    show("attention, cpu", rows, f"Causal; share: of operations that a causal mask leaves. {limit}", options)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,12 @@
 python benchmarks/products.py
 """
 
-import argparse
-import os
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
-from harness import limits, record, table, three
+from harness import limits
 from torch import Tensor
+from twins import in_turn, options_of, show
 
 from palm_rlhf_pytorch.native import library
 from palm_rlhf_pytorch.native_product import product
@@ -28,60 +25,34 @@ def factors(rows: int, inputs: int, outputs: int) -> dict[str, tuple[Tensor, Ten
     return {"forward": (x, weight.t()), "to x": (gradient, weight), "to weight": (gradient.t(), x)}
 
 
-def seconds(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
-    started = time.perf_counter()
-    multiply(a, b)
-    return time.perf_counter() - started
-
-
 def ours(a: Tensor, b: Tensor) -> Tensor:
     return product(a, b.t())
 
 
 def row(shape: tuple[int, int, int], name: str, a: Tensor, b: Tensor, repeats: int, matmul: float) -> dict[str, str]:
-    """Medians and quartiles of both, after a warm-up in which they are seen to agree."""
+    """Both, once they are seen to agree."""
     torch.testing.assert_close(ours(a, b), a @ b, rtol=1e-4, atol=1e-3)
-    spent = {multiply: [] for multiply in (torch.mm, ours)}
-    for _ in range(repeats + 1):
-        for multiply, found in spent.items():
-            found.append(seconds(multiply, a, b))
-    (torch_low, torch_ms, torch_high), (low, ms, high) = (
-        [1e3 * q for q in statistics.quantiles(found[1:], n=4)] for found in spent.values()
-    )
+    cells, ms = in_turn(partial(torch.mm, a, b), partial(ours, a, b), repeats)
     return {
         "rows, inputs, outputs": ", ".join(map(str, shape)),
         "product": name,
-        "torch, ms": f"{three(torch_ms)} ({three(torch_low)} to {three(torch_high)})",
-        "ours, ms": f"{three(ms)} ({three(low)} to {three(high)})",
-        "times as fast": f"{torch_ms / ms:.2f}",
+        **cells,
         "share of matmul peak": f"{2 * a.numel() * b.shape[1] / ms * 1e3 / matmul:.0%}",
     }
 
 
 def main() -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both")
-    parser.add_argument("--repeats", type=int, default=25, help="timed runs of each, in turn, after a warm-up")
-    parser.add_argument("--record", action="store_true", help="also write the result into benchmarks/RESULTS.md")
-    options = parser.parse_args()
+    options = options_of(__doc__)
     if library("product") is None:
         raise SystemExit("product.cpp does not work here: is there a C++ compiler?")
-    torch.set_num_threads(options.threads)
     limit = limits("cpu", "float32", options.threads)
     rows = [
         row(shape, name, a, b, options.repeats, limit.matmul)
         for shape in OF_PPO + OF_TRAINING
         for name, (a, b) in factors(*shape).items()
     ]
-    shown = table(rows)
-    notes = (
-        f"float32, {options.threads} threads; medians and quartiles of {options.repeats}. Models on this processor "
-        f"multiply by {'ours' if ours_is_faster() else 'torch'}. {limit}"
-    )
-    print(shown, notes, sep="\n\n")
-    if options.record:
-        record("products, cpu", shown, notes)
+    side = "ours" if ours_is_faster() else "torch"
+    show("products, cpu", rows, f"Models on this processor multiply by {side}. {limit}", options)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Sampling:
         it does otherwise.
         """
         own, temperature = self.filter_logits, self.temperature or 1.0
-        count, mass = self.top_k or vocabulary, 1.0 if self.top_p is None else self.top_p
+        count, mass = min(self.top_k or vocabulary, vocabulary), 1.0 if self.top_p is None else self.top_p
         if own is None:
             return count, mass, temperature
         if not isinstance(own, partial) or own.args or own.keywords.keys() != {"thres"}:
@@ -245,6 +245,10 @@ def decode(
             if steps == 0 and not logits.isfinite().all():
                 raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
             tokens, log_probs = sampling.draw(logits, generator)
+            if steps % step.look_every == 0 and not log_probs.isfinite().all():
+                raise ValueError(
+                    f"token {steps + 1} is drawn from logits that are not finite, or all -inf: is the model broken?"
+                )
             positions = step.cache.lengths
             yield Step(rows.rows, positions, tokens, log_probs if return_log_probs else None, rows.alive, rows.ended)
             rows.tokens, steps = tokens, steps + 1

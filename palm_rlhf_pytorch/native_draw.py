@@ -1,4 +1,4 @@
-"""Tokens drawn on a CPU in one call of C++ (native/draw.cpp), which reads each row of logits a few times."""
+"""Tokens drawn on a CPU in one call of C++ (native/draw.cpp)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(
     `count` largest logits are kept, and of these the fewest with more than `mass` of what they have at its temperature.
 
     Numbers `uniform` (b,), float64, from 0 to below 1 say which; temperature 0 needs none and takes the likeliest, with
-    its log-prob at 1.
+    its log-prob at 1. Of equal logits the first are kept. Logits that are no numbers make a log-prob that is none.
     """
     rows, vocab = logits.shape
     tokens, log_probs = logits.new_empty(rows, dtype=torch.long), logits.new_empty(rows)

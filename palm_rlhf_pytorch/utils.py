@@ -53,7 +53,8 @@ def inverse_cdf_sample(log_probs: Tensor, generator: torch.Generator | None = No
     cdf = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
     uniform = uniform_numbers(len(cdf), cdf.device, generator)[:, None]
-    return torch.searchsorted(cdf, uniform * total, right=True).squeeze(-1)
+    found = torch.searchsorted(cdf, uniform * total, right=True).squeeze(-1)
+    return found.clamp(max=cdf.shape[-1] - 1)  # of what is no number too
 
 
 def uniform_numbers(count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

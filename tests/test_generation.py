@@ -561,6 +561,20 @@ def test_broken_weights_are_said_to_be_broken(make_palm):
         model.generate(12, RAGGED)
 
 
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"seed": 0}, {"seed": 0, "filter_logits_fn": lambda x, thres: x}]
+)
+@pytest.mark.parametrize("decoder", ["auto", "plain"])
+def test_so_are_those_that_break_in_the_middle_of_an_answer(make_palm, decoder, how):
+    model = make_palm()
+    model.to_logits.weight = torch.nn.Parameter(model.to_logits.weight.detach().clone())
+    prompt = torch.tensor([[1, 2, 3]])
+    likely = model.generate(30, prompt, decoder=decoder, **how)
+    torch.nn.init.constant_(model.token_emb.weight[likely[0, 4] : likely[0, 4] + 1], torch.nan)
+    with pytest.raises(ValueError, match="token .* is drawn from logits that are not finite"):
+        model.generate(30, prompt, decoder=decoder, **how)
+
+
 def test_an_encoder_cannot_generate(make_palm):
     with pytest.raises(ValueError, match="encoder"):
         make_palm(causal=False).generate(12, RAGGED)

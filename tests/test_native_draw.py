@@ -95,11 +95,45 @@ def test_logits_of_any_size(monkeypatch, scale):
         torch.testing.assert_close(log_probs, expected[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-def test_broken_logits_give_tokens_of_the_vocabulary(sampling, broken):
-    tokens, _ = sampling.draw(torch.full((3, 70), broken))
-    assert ((tokens >= 0) & (tokens < 70)).all()
+def test_logits_that_are_no_numbers_are_not_hidden(sampling, broken):
+    logits = torch.randn(3, 600, generator=seeded())
+    logits[1, 300] = broken
+    tokens, log_probs = sampling.draw(logits)
+    assert log_probs.isnan().tolist() == [False, True, False]
+    assert ((tokens >= 0) & (tokens < 600)).all()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_nothing_to_draw_from_is_not_hidden(sampling):
+    tokens, log_probs = sampling.draw(torch.full((3, 70), -torch.inf))
+    assert log_probs.isnan().all() and ((tokens >= 0) & (tokens < 70)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 1e-300])
+def test_hardly_any_temperature_is_greedy(temperature):
+    logits = torch.randn(5, 600, generator=seeded())
+    tokens, log_probs = Sampling(temperature).draw(logits)
+    assert torch.equal(tokens, logits.argmax(dim=-1)) and not log_probs.any()
+
+
+def test_a_number_at_the_border_draws_what_comes_behind_it():
+    uniform = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert native_draw.drawn(torch.zeros(4, 4), uniform, 1.0, 4, 1.0, 1.0)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_what_is_unlikely_is_drawn_too():
+    """A running sum in float32 would never reach it."""
+    logits = torch.tensor([0.0, -20.0]).repeat(1, 300).index_fill(1, torch.tensor([599]), -21.0)
+    uniform = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert native_draw.drawn(logits, uniform, 1.0, 600, 1.0, 1.0)[0].item() == 599
+
+
+@pytest.mark.parametrize("top_k", [2**63, 2**64 + 1, float("inf")])
+def test_any_count_beyond_the_vocabulary_is_all_of_it(top_k):
+    logits = torch.randn(9, 50, generator=seeded())
+    assert torch.equal(Sampling(top_k=top_k).draw(logits, seeded())[0], Sampling().draw(logits, seeded())[0])
 
 
 def test_rows_may_lie_apart(monkeypatch):
@@ -114,7 +148,8 @@ def test_what_does_not_fit_is_torchs():
     assert not native_draw.fits(torch.randn(3, 4, 5)) and not native_draw.fits(torch.randn(3, 4, requires_grad=True))
     filters = [lambda x: x, partial(utils.top_k), partial(lambda x, thres: x, thres=0.9)]
     assert all(Sampling(filter_logits=one)._kept(9) is None for one in filters)
-    assert Sampling(top_k=3, filter_logits=partial(utils.top_p, thres=0.9))._kept(9) is None
+    by_mass = partial(utils.top_p, thres=0.9)
+    assert all(Sampling(1.0, by_mass, **own)._kept(9) is None for own in ({"top_k": 3}, {"top_p": 0.5}))
     logits = torch.zeros(50, 9)
     tokens, log_probs = Sampling(filter_logits=lambda x: x.index_fill(1, torch.tensor([0, 3]), 9.0)).draw(logits)
     assert tokens.shape == log_probs.shape == (50,) and ((tokens == 0) | (tokens == 3)).float().mean() > 0.9

@@ -18,7 +18,8 @@ constexpr int SPAN = 512;  // keys of a row that one task attends to. native_ste
 
 // What native_step.py says of a layer, in its order
 struct Layer {
-  const float *gain, *qkv, *gated, *out; // of the norm; (dim, qkv), (dim, ff) twice and (attention + ff, dim) in panels
+  const float *gain, *qkv, *gated, *out; // of the norm; (dim, qkv), (dim, ff) twice and (attention + ff, dim) in panels,
+                                         // of a layer that is computed beforehand (attention, dim) alone
   int64_t turns, window; // whether places count; keys that a query sees, itself included
   double eps;
 };
@@ -131,7 +132,7 @@ void unite(const Step& s, const Layer& layer, float* parts, const Rows& rows, in
 
 // Tasks of two kinds, by the threads of a region: those of the one compute and those of the other wait for memory, so
 // half of the threads begin with each, and nobody waits for the others until all is done. A thread takes neighbours
-// together, fewer and fewer of them: what is fetched before its turn then seldom is another thread's.
+// together, fewer and fewer of them: what prefetchers bring before its turn then seldom is another thread's.
 template <typename One, typename Other>
 void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others, Other other) {
   const auto take = [](std::atomic<int64_t>& next, int64_t count, const auto& run) {

@@ -1,5 +1,6 @@
-// Tokens drawn from softmax(logits / temperature), perhaps of the largest logits alone, in few passes over each row.
-// float32. The plain twin is Sampling.
+// Tokens drawn from softmax(logits / temperature), perhaps of the largest logits alone, row by row in a core's caches. The
+// least logit that stays is searched for bit by bit, which takes up to 32 looks at all of them but no sorting. float32.
+// The plain twin is Sampling.
 
 #include "vectors.h"
 
@@ -7,10 +8,12 @@
 #include <limits>
 #include <vector>
 
+extern "C" int omp_get_max_threads();
+
 namespace {
 
 const Lanes ONE = Lanes{} + 1.0f, NONE = Lanes{} - INFINITY;
-constexpr int64_t BLOCK = 256; // numbers that are summed in float32, before their sum is added in float64
+constexpr int64_t BLOCK = 256; // numbers that are added up together
 
 // What native_draw.py says of a call, in its order
 struct Call {
@@ -25,10 +28,12 @@ struct Call {
   float* log_probs;        // (rows)
 };
 
-// A row's logits and what they weigh, filled up to whole blocks with what weighs nothing
+// A row's logits and what they weigh, filled up to whole blocks with what weighs nothing, and what each block weighs
 struct Row {
   std::vector<float> logits, weights;
-  explicit Row(int64_t vocab) : logits((vocab + BLOCK - 1) / BLOCK * BLOCK, -INFINITY), weights(logits.size()) {}
+  std::vector<double> blocks;
+  explicit Row(int64_t vocab)
+      : logits((vocab + BLOCK - 1) / BLOCK * BLOCK, -INFINITY), weights(logits.size()), blocks(logits.size() / BLOCK) {}
   int64_t size() const { return logits.size(); }
   Lanes logit(int64_t i) const { return load<Lanes>(&logits[i]); }
   Lanes weight(int64_t i) const { return load<Lanes>(&weights[i]); }
@@ -42,37 +47,47 @@ float largest(const Row& row) {
   return found;
 }
 
-// f(i), registers of numbers, added up over a block: several sums, for none to wait for the one before
-template <typename F> float sum_of_block(int64_t block, F f) {
-  Lanes sums[4] = {};
-  for (int64_t i = block; i < block + BLOCK; i += 4 * LANES)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) sums[j] += f(i + j * LANES);
-  const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += all[i];
-  return sum;
-}
-
+// f(i), registers of numbers, added up: in a block in float32, by several sums, for none to wait for the one before
 template <typename F> double sum_of(const Row& row, F f) {
   double sum = 0;
-  for (int64_t block = 0; block < row.size(); block += BLOCK) sum += sum_of_block(block, f);
+  for (int64_t block = 0; block < row.size(); block += BLOCK) {
+    Lanes sums[4] = {};
+    for (int64_t i = block; i < block + BLOCK; i += 4 * LANES)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sums[j] += f(i + j * LANES);
+    const Lanes all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < LANES; i++) sum += all[i];
+  }
   return sum;
 }
 
-// weights e^((logit - most) / temperature), 0 where that is below e^-87; their sum
+typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef double Doubles __attribute__((vector_size(LANES / 2 * sizeof(double))));
+
+// weights e^((logit - most) / temperature), 0 where that is below e^-87, and those of blocks; the sum of all. What is no
+// number, or without bounds, makes it none.
 double weigh(Row& row, float most, double temperature) {
-  const float scale = 1 / temperature;
-  return sum_of(row, [&](int64_t i) {
-    const Lanes x = (row.logit(i) - most) * scale, weight = x > -87.0f ? exponential(x) : Lanes{};
-    store(&row.weights[i], weight);
-    return weight;
-  });
+  const float scale = std::min(1 / temperature, double(std::numeric_limits<float>::max()));
+  double sum = 0;
+  for (int64_t block = 0; block < row.size(); block += BLOCK) {
+    for (int64_t i = block; i < block + BLOCK; i += LANES) {
+      const Lanes x = (row.logit(i) - most) * scale;
+      store(&row.weights[i], x < -87.0f ? Lanes{} : exponential(x));
+    }
+    Doubles sums[4] = {};
+    for (int64_t i = block; i < block + BLOCK; i += 2 * LANES)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) sums[j] += __builtin_convertvector(load<Half>(&row.weights[i + j * LANES / 2]), Doubles);
+    const Doubles all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double& own = row.blocks[block / BLOCK] = 0;
+    for (int i = 0; i < LANES / 2; i++) own += all[i];
+    sum += own;
+  }
+  return sum;
 }
 
-// The number that comes after so many others in the order of floats
+// The number that comes after so many others in the order of floats, of which the first and last are none
 float of_rank(uint32_t rank) {
-  if (rank < 0x00800000) return -INFINITY;
   const uint32_t bits = rank >> 31 ? rank ^ 0x80000000 : ~rank;
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -80,7 +95,7 @@ float of_rank(uint32_t rank) {
 }
 
 // The largest number for which `of` it, the less the larger it is, is more than `amount`, or another one for which it is
-// `enough`
+// `enough`. If there is none it is no number, and nothing is below it.
 template <typename F> float bound(F of, double amount, double enough) {
   uint32_t rank = 0;
   for (uint32_t bit = 0x80000000; bit; bit >>= 1) {
@@ -95,7 +110,7 @@ template <typename F> float bound(F of, double amount, double enough) {
 void keep(Row& row, float least, double equal) {
   const double all = sum_of(row, [&](int64_t i) {
     const Lanes x = row.logit(i);
-    store(&row.logits[i], x >= least ? x : NONE);
+    store(&row.logits[i], x < least ? NONE : x);
     return x == least ? ONE : Lanes{};
   });
   if (all > equal)
@@ -122,22 +137,21 @@ void keep_nucleus(Row& row, float most, double mass, double temperature) {
   keep(row, least, std::floor((amount - above) / each) + 1);
 }
 
-// where the running sum of weights first passes `amount`: never at one that weighs nothing
+// where the running sum of weights first passes `amount`, or the last one that weighs anything: rounding may have none pass
 int64_t drawn(const Row& row, double amount) {
-  int64_t last = 0;
-  double sum = 0;
-  for (int64_t block = 0; block < row.size(); block += BLOCK) {
-    const double more = sum_of_block(block, [&](int64_t i) { return row.weight(i); });
-    if (more == 0) continue;
-    last = block;
-    if (sum + more > amount) break;
-    sum += more;
+  int64_t block = 0;
+  double before = 0, sum = 0;
+  for (std::size_t i = 0; i < row.blocks.size() && !(sum > amount); i++) {
+    if (row.blocks[i] == 0) continue;
+    block = i, before = sum;
+    sum += row.blocks[i];
   }
-  int64_t found = last;
-  for (int64_t i = last; i < last + BLOCK; i++) {
+  int64_t found = block * BLOCK;
+  sum = before;
+  for (int64_t i = found; i < (block + 1) * BLOCK && !(sum > amount); i++) {
     if (row.weights[i] == 0) continue;
-    found = i, sum += row.weights[i];
-    if (sum > amount) break;
+    found = i;
+    sum += row.weights[i];
   }
   return found;
 }
@@ -146,7 +160,7 @@ int64_t drawn(const Row& row, double amount) {
 
 extern "C" void draw(const Call* given) {
   const Call& call = *given;
-#pragma omp parallel if (call.rows > 1)
+#pragma omp parallel num_threads(std::clamp<int64_t>(call.rows, 1, omp_get_max_threads()))
   {
     Row row(call.vocab);
 #pragma omp for schedule(static)
