@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.optimizers import AdamW
 
@@ -47,6 +48,14 @@ def accelerate_keywords(device: torch.device, precision: str = "fp32") -> dict[s
 
 def accelerator_on(device: torch.device, precision: str = "fp32") -> Accelerator:
     return Accelerator(**accelerate_keywords(device, precision))
+
+
+def prepared(accelerator: Accelerator, module: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """What accelerate makes of a module that is on its device already. In one process it is told so: accelerate 1.15
+    would else import torch's distributed tensors to see whether these are such, 40 MB.
+    """
+    alone = accelerator.distributed_type == DistributedType.NO
+    return accelerator.prepare(module, optimizer, device_placement=[False, None] if alone else None)
 
 
 def fused(optimizer_class: Any, device: torch.device) -> dict[str, bool]:

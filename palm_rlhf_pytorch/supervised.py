@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from palm_rlhf_pytorch.compilation import CompiledModule
-from palm_rlhf_pytorch.devices import fused, on_tensors, ready_for, to_device
+from palm_rlhf_pytorch.devices import fused, on_tensors, prepared, ready_for, to_device
 from palm_rlhf_pytorch.flags import option
 from palm_rlhf_pytorch.interrupts import Interrupts
 from palm_rlhf_pytorch.metrics import MetricsLog
@@ -142,9 +142,8 @@ def fit(
     log = log or MetricsLog()
     module = LossModule(model, loss_of).to(accelerator.device)
     groups = decayed_groups(list(model.parameters()) if parameters is None else parameters, options.weight_decay)
-    module, optimizer = accelerator.prepare(
-        module, AdamW(groups, lr=options.lr, betas=(0.9, 0.95), **fused(AdamW, accelerator.device))
-    )
+    optimizer = AdamW(groups, lr=options.lr, betas=(0.9, 0.95), **fused(AdamW, accelerator.device))
+    module, optimizer = prepared(accelerator, module, optimizer)
     start, numbers = 0, []
     if resume and checkpoint is not None and Path(checkpoint).is_file():
         start, numbers = _restore(checkpoint, model, optimizer, log)

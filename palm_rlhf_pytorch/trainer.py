@@ -22,7 +22,7 @@ from tqdm import tqdm
 from palm_rlhf_pytorch import generation, resuming
 from palm_rlhf_pytorch.actor import Actor
 from palm_rlhf_pytorch.algorithm import Algorithm
-from palm_rlhf_pytorch.devices import fused
+from palm_rlhf_pytorch.devices import fused, prepared
 from palm_rlhf_pytorch.experience import Experience
 from palm_rlhf_pytorch.metrics import MetricsLog
 from palm_rlhf_pytorch.ops import k3, token_shares
@@ -160,7 +160,7 @@ class OnPolicyTrainer:
         )
         self.built = hyper_parameters(self.optimizer)
         self.unwrapped = learner  # to ask accelerate for it would import torch's compiler
-        self.learner, self.optimizer = self.accelerate.prepare(learner, self.optimizer)
+        self.learner, self.optimizer = prepared(self.accelerate, learner, self.optimizer)
         self.actor_critic, self.algorithm = actor_critic, algorithm
 
         seed = torch.initial_seed() % 2**31 if seed is None else seed

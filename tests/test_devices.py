@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -66,3 +69,21 @@ def test_batches_are_moved_whole():
     assert moved[0].device.type == moved[2][0].device.type == "meta" and moved[1] is None
     named = to_device({"a": torch.ones(1), "b": batch}, torch.device("meta"))
     assert named["a"].device.type == named["b"][0].device.type == "meta"
+
+
+TRAINS = """
+import sys, torch
+from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
+palm = PaLM(num_tokens=32, dim=16, depth=1, heads=1, dim_head=16)
+prompts = torch.ones(2, 3, dtype=torch.long)
+trainer = RLHFTrainer(
+    palm=palm, reward_model=RewardModel(palm), prompt_token_ids=prompts, accelerate_kwargs={"cpu": True}
+)
+trainer.train(num_episodes=1, max_timesteps=2, update_timesteps=2, max_seq_len=8)
+print([name for name in ("sympy", "torch.distributed.tensor", "torch._dynamo") if name in sys.modules])
+"""
+
+
+def test_one_process_trains_without_what_is_for_many():
+    done = subprocess.run([sys.executable, "-c", TRAINS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
