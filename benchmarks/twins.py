@@ -18,6 +18,9 @@ def options_of(doc: str) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=25, help="timed runs of each, in turn, after a warm-up")
     parser.add_argument("--record", action="store_true", help="also write the result into benchmarks/RESULTS.md")
     options = parser.parse_args()
+    if options.repeats < 2 or options.threads < 1:
+        given = f"--repeats {options.repeats} --threads {options.threads}"
+        parser.error(f"quartiles need 2 repeats or more, and work a thread, got {given}")
     torch.set_num_threads(options.threads)
     return options
 

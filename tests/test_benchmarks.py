@@ -20,6 +20,8 @@ import scaling  # noqa: E402
 import sides  # noqa: E402
 import what_fits  # noqa: E402
 
+from palm_rlhf_pytorch.native import library  # noqa: E402
+
 TINY = "--threads 1 --repeats 2 --dim 16 --depth 1 --heads 2 --dim-head 8 --vocab 32".split()
 COMMANDS = {
     "decode": "--batches 1 2 --length 12 --prompt 4 --positions 34 40 --copy-mib 8",
@@ -297,3 +299,24 @@ def test_the_longest_sequence_that_fits():
     most = what_fits.peak(what_fits.parts(sizes, plan))
     assert what_fits.longest(sizes, plan, most) == 100
     assert what_fits.longest(sizes, plan, most - 1) == 99
+
+
+def against_torch(name: str, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--threads", "1", *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(library("draw") is None, reason="there is no C++ compiler to be found")
+def test_ours_against_torchs_operations():
+    done = against_torch("drawing", "--repeats", "2")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert (
+        len(rows) == 2 + 5 * 4 and "times as fast" in rows[0] and "1 threads; medians and quartiles of 2" in done.stdout
+    )
+
+
+@pytest.mark.parametrize("name", ["attention", "drawing", "products"])
+def test_one_run_has_no_quartiles(name):
+    done = against_torch(name, "--repeats", "1")
+    assert done.returncode == 2 and "quartiles need 2 repeats or more" in done.stderr

@@ -120,14 +120,17 @@ def test_hardly_any_temperature_is_greedy(temperature):
 
 def test_a_number_at_the_border_draws_what_comes_behind_it():
     uniform = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
-    assert native_draw.drawn(torch.zeros(4, 4), uniform, 1.0, 4, 1.0, 1.0)[0].tolist() == [0, 1, 2, 3]
+    for vocab in (4, 1024):  # in one block, and blocks
+        tokens, _ = native_draw.drawn(torch.zeros(4, vocab), uniform, 1.0, vocab, 1.0, 1.0)
+        assert torch.equal(tokens, (uniform * vocab).long())
 
 
 def test_what_is_unlikely_is_drawn_too():
-    """A running sum in float32 would never reach it."""
-    logits = torch.tensor([0.0, -20.0]).repeat(1, 300).index_fill(1, torch.tensor([599]), -21.0)
-    uniform = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert native_draw.drawn(logits, uniform, 1.0, 600, 1.0, 1.0)[0].item() == 599
+    """A running sum in float32 would pass over the first of the two unlikely ones, or never reach it."""
+    logits = torch.zeros(1, 600).index_fill(1, torch.tensor([598, 599]), -20.0)
+    weight = logits.double().exp()[0, 598]
+    uniform = (598 + weight / 2) / (598 + 2 * weight)
+    assert native_draw.drawn(logits, uniform[None], 1.0, 600, 1.0, 1.0)[0].item() == 598
 
 
 @pytest.mark.parametrize("top_k", [2**63, 2**64 + 1, float("inf")])
