@@ -54,7 +54,7 @@ class Decoder:
 
     step: tokens (m,), cache -> logits (m, v), of rows whose tokens are then counted. look_every: steps after which to
     ask the device which rows have ended. fixed_sizes: a batch is the largest one, or a half, a quarter ... of it. read:
-    see `PackedStep.read`.
+    see `PackedStep.read`. ahead: see `NativeStep.ahead`, if there is such a thing.
     """
 
     cache: KVCache
@@ -63,6 +63,7 @@ class Decoder:
     fixed_sizes: bool = False
     batch: int = 1
     read: Callable[[Tensor, Tensor, KVCache], bool] = lambda *_: False
+    ahead: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def size_for(self, rows: int) -> int:
         """The batch in which so many rows are computed."""
@@ -76,6 +77,13 @@ class Decoder:
         logits = self.step(tokens, self.cache)
         self.cache.advance(1, 1)
         return logits
+
+    def draw_ahead(self, tokens: Tensor, steps: int, *how: Any) -> tuple[Tensor, Tensor]:
+        """Several steps in one call, and what was drawn from them."""
+        self.cache.reserve(steps)
+        drawn, log_probs = self.ahead(tokens, self.cache, steps, *how)
+        self.cache.advance(len(drawn), len(drawn))
+        return drawn, log_probs
 
 
 def choose(model: CachedModel, steps: int, how: str = "auto", adapters: bool = False) -> str:
@@ -111,7 +119,7 @@ def decoder(model: CachedModel, batch: int, max_len: int, steps: int, how: str =
         yield Decoder(cache, partial(model.next_logits, **kwargs), LOOK_EVERY if cache.lengths.is_cuda else 1)
         return
     with closing(packed_step(model, batch, steps)) as step:
-        yield Decoder(cache, step, read=step.read)
+        yield Decoder(cache, step, read=step.read, ahead=getattr(step, "ahead", None))
 
 
 def can_compile(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,15 @@ from tqdm import tqdm
 
 from palm_rlhf_pytorch import native_draw, utils
 from palm_rlhf_pytorch.decoder import CachedModel, Decoder, decoder
+from palm_rlhf_pytorch.native_draw import Kept
 from palm_rlhf_pytorch.ops import groups_of_like_length, lengths_to_mask
 from palm_rlhf_pytorch.utils import gumbel_sample, inverse_cdf_sample, keep_largest, nucleus, uniform_numbers
 from palm_rlhf_pytorch.vocabulary import log_softmax, tempered
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
-WRITE_EVERY = 256  # steps whose tokens are laid into their sequences together
+WRITE_EVERY = 256  # times that tokens come before they are laid into their sequences together
+PAUSE = 0.05  # seconds that a call of several steps may take: until progress is seen, and Ctrl-C heard
+MOST_AHEAD = 256  # steps of one call
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ class Sampling:
         """Logits (b, v) -> tokens (b,), and their log-probs (b,) in the distribution that they were drawn from (of the
         likeliest tokens at temperature 0: the model's).
         """
-        kept = self._kept(logits.shape[-1]) if native_draw.fits(logits) else None
+        kept = self.kept(logits.shape[-1]) if native_draw.fits(logits) else None
         if kept is not None:
             uniform = uniform_numbers(len(logits), logits.device, generator) if self.temperature else None
-            return native_draw.drawn(logits, uniform, self.temperature, *kept)
+            return native_draw.drawn(logits, uniform, kept)
         logits = self.shape(logits)
         log_probs = log_softmax(logits)
         if self.temperature == 0:
@@ -68,27 +72,26 @@ class Sampling:
             tokens = sample(log_probs, generator=generator)
         return tokens, log_probs.gather(-1, tokens[:, None]).squeeze(-1)
 
-    def _kept(self, vocabulary: int) -> tuple[int, float, float] | None:
-        """How many of the largest logits `shape` keeps at most, and of these what mass at what temperature; None where
-        it does otherwise.
-        """
-        own, temperature = self.filter_logits, self.temperature or 1.0
+    def kept(self, vocabulary: int) -> Kept | None:
+        """What `shape` keeps of so many logits, for C++ to draw from; None where it does otherwise."""
+        own, temperature = self.filter_logits, self.temperature
         count, mass = min(self.top_k or vocabulary, vocabulary), 1.0 if self.top_p is None else self.top_p
         if own is None:
-            return count, mass, temperature
+            return Kept(temperature, count, mass, temperature or 1.0)
         if not isinstance(own, partial) or own.args or own.keywords.keys() != {"thres"}:
             return None
         thres = own.keywords["thres"]
         if own.func is utils.top_k:
-            return min(count, utils.count_of(thres, vocabulary)), mass, temperature
+            return Kept(temperature, min(count, utils.count_of(thres, vocabulary)), mass, temperature or 1.0)
         if own.func is utils.top_p and self.top_k is self.top_p is None:
-            return vocabulary, 1 - thres, 1.0
+            return Kept(temperature, vocabulary, 1 - thres)
         return None
 
 
 @dataclass
 class Step:
-    """One token for each of m rows of the batch: rows, positions, tokens, log_probs, all (m,).
+    """One token for each of m rows of the batch: rows, positions, tokens, log_probs, all (m,). (n * m,) of n steps that
+    were taken together.
 
     alive (m,) is False where a row had ended before: on a GPU such rows go on until the loop looks at them, and what
     is drawn for them means nothing.
@@ -214,6 +217,58 @@ class Rows:
         self.alive = torch.cat((self.alive, torch.ones_like(rows, dtype=torch.bool)))
 
 
+class Drawing:
+    """Tokens drawn for the rows at work from a step of the decoder, or, `together`, from as many as one call of C++ may
+    take without a row's ending within. These draw the same tokens from the same numbers.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sampling: Sampling,
+        eos: Tensor | None,
+        generator: torch.Generator | None,
+        together: bool = False,
+    ):
+        self.decoder, self.sampling, self.eos, self.generator = decoder, sampling, eos, generator
+        self.together = together and decoder.ahead is not None
+        self.kept: Kept | None = None
+        self.first, self.pace = True, 1
+
+    def __call__(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, tokens and log-probs (n * m,) of n steps of the m rows."""
+        left = int((rows.last - self.decoder.cache.lengths).min()) if self.pace > 1 else 1
+        steps, started = min(self.pace, left), time.perf_counter()
+        found = self._several(rows, steps) if steps > 1 else self._one(rows)
+        if self.kept is not None:
+            each = (time.perf_counter() - started) * len(rows.tokens) / len(found[0])
+            self.pace = max(2, min(MOST_AHEAD, int(PAUSE / each))) if each < PAUSE else 1
+        return found
+
+    def _one(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.decoder(rows.tokens)
+        if self.first:
+            if not logits.isfinite().all():
+                raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
+            if self.together and native_draw.fits(logits):
+                self.kept = self.sampling.kept(logits.shape[-1])
+            self.first = False
+        return self.decoder.cache.lengths, *self.sampling.draw(logits, self.generator)
+
+    def _several(self, rows: Rows, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        many, before, uniform = len(rows.tokens), self.decoder.cache.lengths, None
+        source = self.generator or torch.default_generator
+        state = source.get_state() if self.eos is not None else None
+        if self.sampling.temperature:
+            uniform = uniform_numbers(steps * many, before.device, source)
+        tokens, log_probs = self.decoder.draw_ahead(rows.tokens, steps, self.kept, uniform, self.eos)
+        if uniform is not None and len(tokens) < steps:  # go on behind the numbers that were used
+            source.set_state(state)
+            uniform_numbers(tokens.numel(), before.device, source)
+        positions = before + torch.arange(1, len(tokens) + 1)[:, None]
+        return positions.flatten(), tokens.flatten(), log_probs.flatten()
+
+
 @torch.no_grad()
 def decode(
     model: CachedModel,
@@ -226,6 +281,7 @@ def decode(
     return_log_probs: bool = False,
     max_batch: int | None = None,
     how: str = "auto",
+    together: bool = False,
     **forward_kwargs,
 ) -> Iterator[Step]:
     """Draw tokens step by step. A row ends with its EOS, or when prompt and response fill limits (b,).
@@ -233,28 +289,32 @@ def decode(
     prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. Prompts are read together;
     from then on each step is one token a row, and rows that ended are computed no more (on a GPU, from the next look
     on). With more than `max_batch` prompts, the others wait and take the places of those that end. `how`: see
-    `decoder.choose`.
+    `decoder.choose`. `together`: tokens may come several steps at a time, where that is faster.
     """
     eos = eos_tensor(eos_token, prompts.device)
     batch = min(max_batch or len(prompts), len(prompts))
     longest = max(int(limits.max()), prompts.shape[1] + 1)
     with decoder(model, batch, longest, longest - int(lengths.min()), how, **forward_kwargs) as step:
-        rows, steps = Rows(model, step, prompts, lengths, limits), 0
-        while steps % step.look_every or rows.look(batch, **forward_kwargs):
-            logits = step(rows.tokens)
-            if steps == 0 and not logits.isfinite().all():
-                raise ValueError("the model gives values that are not finite for these prompts; its weights are broken")
-            tokens, log_probs = sampling.draw(logits, generator)
-            if steps % step.look_every == 0 and not log_probs.isfinite().all():
+        rows, taken = Rows(model, step, prompts, lengths, limits), 0
+        draw = Drawing(step, sampling, eos, generator, together)
+        while taken % step.look_every or rows.look(batch, **forward_kwargs):
+            positions, tokens, log_probs = draw(rows)
+            many = len(rows.tokens)
+            steps = len(tokens) // many
+            if taken % step.look_every == 0 and not log_probs.isfinite().all():
+                broken = taken + 1 + int(log_probs.isfinite().logical_not().nonzero()[0]) // many
                 raise ValueError(
-                    f"token {steps + 1} is drawn from logits that are not finite, or all -inf: is the model broken?"
+                    f"token {broken} is drawn from logits that are not finite, or all -inf: is the model broken?"
                 )
-            positions = step.cache.lengths
-            yield Step(rows.rows, positions, tokens, log_probs if return_log_probs else None, rows.alive, rows.ended)
-            rows.tokens, steps = tokens, steps + 1
-            rows.alive = rows.alive & (positions < rows.last)
+            at_work, alive = rows.rows, rows.alive
+            last, rows.tokens, taken = positions, tokens, taken + steps
+            if steps > 1:
+                at_work, alive = (t.expand(steps, many).flatten() for t in (at_work, alive))
+                last, rows.tokens = (t[-many:] for t in (positions, tokens))
+            yield Step(at_work, positions, tokens, log_probs if return_log_probs else None, alive, rows.ended)
+            rows.alive = rows.alive & (last < rows.last)
             if eos is not None:
-                rows.alive = rows.alive & ~torch.isin(tokens, eos)
+                rows.alive = rows.alive & ~torch.isin(rows.tokens, eos)
 
 
 def generate(
@@ -276,7 +336,7 @@ def generate(
     limits = lengths.new_full(lengths.shape, max_len)
     answers, heard = Answers(prompts, lengths, max_len, pad_value), 0
     with tqdm(total=int((limits - lengths).clamp(min=1).sum()), unit="token", disable=not use_tqdm) as bar:
-        for step in decode(model, prompts, lengths, limits, sampling, **decode_kwargs):
+        for step in decode(model, prompts, lengths, limits, sampling, together=True, **decode_kwargs):
             answers.add(step)
             bar.update(step.rows.numel())
             if on_ended is not None and step.ended > heard:

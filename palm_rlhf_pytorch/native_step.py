@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf_pytorch import huge_pages
+from palm_rlhf_pytorch import huge_pages, native_draw
 from palm_rlhf_pytorch.blocks import LayerNorm, ParallelTransformerBlock
 from palm_rlhf_pytorch.first_layer import before_attention, is_small
 from palm_rlhf_pytorch.kv_cache import KVCache
 from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.native_draw import Kept
 from palm_rlhf_pytorch.packed_step import PackedStep
 
 if TYPE_CHECKING:
@@ -46,6 +47,15 @@ class Step(ctypes.Structure):
     _fields_ += [("places", ctypes.c_void_p), ("lengths", ctypes.c_void_p), ("spans", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("cos", "sin", "memory", "gain", "to_logits")]
     _fields_ += [("eps", ctypes.c_double), ("room", ctypes.c_void_p), ("logits", ctypes.c_void_p)]
+
+
+class Ahead(ctypes.Structure):
+    """Likewise."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("step", "draw")]
+    _fields_ += [("steps", ctypes.c_int64), ("table", ctypes.c_void_p)]
+    _fields_ += [("width", ctypes.c_int64), ("first", ctypes.c_void_p), ("ends", ctypes.c_void_p)]
+    _fields_ += [("end_count", ctypes.c_int64), ("logit_scale", ctypes.c_double)]
 
 
 class NativeStep(PackedStep):
@@ -83,10 +93,10 @@ class NativeStep(PackedStep):
         if self.memory.numel() < needed:
             self.memory = huge_pages.zeros(self.room, needed)
         self.free = self.memory
-        self.computed = None
+        self.table = palm.token_emb.weight.detach().contiguous()  # what a step is given of each token
         if self.computes:  # what the first layer gives (v, qkv + dim): what goes on beside its attention comes last
             _, qkv, ff = before_attention(palm)
-            self.computed = torch.cat((qkv, palm.token_emb.weight.detach() + ff), dim=-1)
+            self.table = torch.cat((qkv, self.table + ff), dim=-1)
         windows = [palm.sliding_window if windowed else ALL for windowed in palm.windowed]
         layers = [
             self._layer(block, window, self.computes and i == 0)
@@ -146,28 +156,58 @@ class NativeStep(PackedStep):
             self._run(tokens, cache.places, cache.lengths, cache.filled + 1, cache, logits)
         return logits
 
+    def ahead(
+        self, tokens: Tensor, cache: KVCache, steps: int, kept: Kept, uniform: Tensor | None, ends: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What `steps` steps draw, each with its numbers of `uniform` (steps * m,), after tokens (m,) -> tokens (n, m),
+        log_probs (n, m). They end early, behind a step that draws one of `ends` (k,).
+        """
+        self._keep_up()
+        check_room(cache, self.palm, steps)
+        logits, table = self.room.new_empty(len(tokens), self.palm.num_tokens), self.table
+        drawn, log_probs = tokens.new_empty(steps, len(tokens)), self.room.new_empty(steps, len(tokens))
+        inputs = self.room.new_empty(len(tokens), table.shape[1])
+        step = self._filled(inputs, cache.places, cache.lengths.clone(), cache.filled + steps, cache, logits)
+        draw = native_draw.call(logits, uniform, kept, drawn, log_probs)
+        tokens, ends = tokens.contiguous(), tokens.new_empty(0) if ends is None else ends.long().contiguous()
+        ahead = Ahead(ctypes.addressof(step), ctypes.addressof(draw), steps, table.data_ptr(), table.shape[1])
+        ahead.first, ahead.ends, ahead.end_count = tokens.data_ptr(), ends.data_ptr(), len(ends)
+        ahead.logit_scale = self.palm.logit_scale
+        run = library("decode").steps
+        run.restype = ctypes.c_int64
+        count = run(ctypes.byref(ahead))
+        return drawn[:count], log_probs[:count]
+
     def _run(
         self, tokens: Tensor, places: Tensor, lengths: Tensor, longest: int, cache: KVCache, logits: Tensor | None
     ) -> None:
         """Tokens (m,) that follow `lengths` (m,) others in `places` (m,) of the cache, where the longest then has so
         many -> logits (m, v), where these are wanted.
         """
+        inputs = F.embedding(tokens, self.table)
+        step = self._filled(inputs, places, lengths, longest, cache, logits)
+        library("decode").step(ctypes.byref(step))
+
+    def _filled(
+        self, inputs: Tensor, places: Tensor, lengths: Tensor, longest: int, cache: KVCache, logits: Tensor | None
+    ) -> Step:
+        """What C++ is told of a step; it keeps what it points to."""
         palm, block = self.palm, self.palm.layers[0].fn
-        inputs = F.embedding(tokens, palm.token_emb.weight if self.computed is None else self.computed)
         turns, places, lengths = self._turns(cache), places.contiguous(), lengths.contiguous()
         cos, sin = turns.cos.float(), turns.sin.float()  # by torch's default dtype they may be more
         heads, d = cos.shape[-2:]
         widths = palm.dim, palm.heads, palm.kv_heads, d, block.fused_dims[-1] // 2, palm.num_tokens
         strides = cache.memory.stride(0), heads * d, d if heads > 1 else 0
-        step = Step(len(tokens), *widths, len(palm.layers), cache.max_len, *strides)
+        step = Step(len(inputs), *widths, len(palm.layers), cache.max_len, *strides)
         step.layers, step.tokens = ctypes.addressof(self.layers), inputs.data_ptr()
-        step.computed = self.computed is not None
+        step.computed = self.computes
         step.places, step.lengths, step.spans = places.data_ptr(), lengths.data_ptr(), -(-longest // SPAN)
         step.cos, step.sin = cos.data_ptr(), sin.data_ptr()
         step.memory, step.gain, step.to_logits = cache.memory.data_ptr(), self.gain, self.to_logits
         step.eps, step.room = palm.norm.eps, self._room_for(step)
         step.logits = None if logits is None else logits.data_ptr()
-        library("decode").step(ctypes.byref(step))
+        step.holds = inputs, places, lengths, cos, sin, logits
+        return step
 
     def _room_for(self, step: Step) -> int:
         """The address of memory to work in, which is kept."""

@@ -6,6 +6,8 @@ import torch
 
 from palm_rlhf_pytorch import decoder, generation, ops
 from palm_rlhf_pytorch.lora import LoRA
+from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.native_draw import Kept
 from palm_rlhf_pytorch.utils import top_k, top_p
 
 RAGGED = torch.tensor([[3, 5, 7, 1, 9], [4, 2, 0, 0, 0], [8, 8, 6, 11, 0]])
@@ -472,6 +474,110 @@ def test_prompts_may_be_longer_than_what_is_laid_out_at_first(make_palm, monkeyp
     monkeypatch.setattr(decoder, "FIRST_LENGTH", first_length)
     for how in ("plain", "packed"):
         assert_same(many(model, max_batch=max_batch, decoder=how), expected)
+
+
+# several steps in one call
+
+
+class Calls(list):
+    """How many steps each call of several took."""
+
+    def __init__(self, monkeypatch, pause: float):
+        monkeypatch.setattr(generation, "PAUSE", pause)
+        plain = decoder.Decoder.draw_ahead
+
+        def counted(self_, *args):
+            drawn = plain(self_, *args)
+            self.append(len(drawn[0]))
+            return drawn
+
+        monkeypatch.setattr(decoder.Decoder, "draw_ahead", counted)
+
+
+@pytest.fixture
+def native_palm(make_palm):
+    if library("decode") is None:
+        pytest.skip("there is no C++ compiler to be found")
+    return make_palm(dim_head=16)
+
+
+@pytest.mark.parametrize("temperature, seed", [(0.0, 0), (1.0, 0), (0.8, None)])
+@pytest.mark.parametrize("max_batch", [None, 3])
+@pytest.mark.parametrize("ends", [(), (1, 5)])
+def test_steps_taken_together_draw_the_same(native_palm, monkeypatch, temperature, seed, max_batch, ends):
+    how = dict(temperature=temperature, seed=seed, max_batch=max_batch, eos_token=list(ends) or None)
+    how |= dict(prompt_lengths=MANY, return_log_probs=True)
+    found = []
+    for pause in (0.0, 10.0):
+        calls = Calls(monkeypatch, pause)
+        torch.manual_seed(5)
+        drawn = native_palm.generate(40, MANY_PROMPTS, **how)
+        found.append((*(getattr(drawn, name) for name in ("sequence", "response_mask", "log_probs")), torch.rand(3)))
+        monkeypatch.undo()
+        assert bool(calls) == bool(pause)
+    assert all(map(torch.equal, *found))
+    assert sum(calls) > 2 * len(calls) or ends
+
+
+def test_steps_are_taken_together_as_far_as_the_pause_allows_and_no_row_ends(native_palm, monkeypatch):
+    prompts, limit = torch.tensor([[1, 2, 3], [4, 5, 6]]), 24
+    calls = Calls(monkeypatch, 10.0)
+    steps = []
+    native_palm.generate(limit, prompts, temperature=0.0, on_ended=steps.append)
+    assert calls == [limit - 3 - 1] and steps == [2]  # the first one is alone
+    calls = Calls(monkeypatch, 10.0)
+    monkeypatch.setattr(generation, "MOST_AHEAD", 8)
+    native_palm.generate(limit, prompts, temperature=0.0)
+    assert calls == [8, 8, 4]
+
+
+def test_room_is_made_for_steps_taken_together(native_palm, monkeypatch):
+    prompts, expected = torch.tensor([[1, 2, 3], [4, 5, 6]]), []
+    for first_length in (4096, 5):
+        monkeypatch.setattr(decoder, "FIRST_LENGTH", first_length)
+        calls = Calls(monkeypatch, 10.0)
+        expected.append(native_palm.generate(40, prompts, temperature=0.0))
+        assert len(calls) == 1
+    assert torch.equal(*expected)
+
+
+def test_only_the_steps_that_were_taken_count(native_palm):
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    token = native_palm.generate(24, prompts, temperature=0.0)[1, 6].item()
+    with decoder.decoder(native_palm, 2, 24, 21, "packed") as ready:
+        rows = generation.Rows(native_palm, ready, prompts, torch.tensor([3, 3]), torch.tensor([24, 24]))
+        rows.look(2)
+        how = 20, Kept(0.0, native_palm.num_tokens), None, torch.tensor([token])
+        drawn, _ = ready.draw_ahead(rows.tokens, *how)
+        assert len(drawn) < 20 and ready.cache.filled == 2 + len(drawn)
+        assert ready.cache.lengths.tolist() == [2 + len(drawn)] * 2
+
+
+@pytest.mark.parametrize("own", [{"filter_logits_fn": lambda x, thres: x}, {"decoder": "plain"}])
+def test_what_cpp_does_not_know_is_done_step_by_step(native_palm, monkeypatch, own):
+    calls = Calls(monkeypatch, 10.0)
+    native_palm.generate(24, torch.tensor([[1, 2, 3]]), **own)
+    assert not calls
+
+
+def test_streams_hand_over_each_token_when_it_is_drawn(native_palm, monkeypatch):
+    calls = Calls(monkeypatch, 10.0)
+    tokens = [step.item() for step in native_palm.stream(24, torch.tensor([[1, 2, 3]]), temperature=0.0)]
+    assert not calls and tokens == native_palm.generate(24, torch.tensor([1, 2, 3]), temperature=0.0).tolist()
+
+
+def test_a_token_that_breaks_steps_taken_together_is_named(native_palm, monkeypatch):
+    prompt = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    native_palm.to_logits.weight = torch.nn.Parameter(native_palm.to_logits.weight.detach().clone())
+    likely = native_palm.generate(30, prompt, temperature=0.0)
+    token = next(t for t in likely[0, 3:].tolist() if t not in (1, 2, 3))
+    met = int((likely == token).any(dim=0).nonzero()[0])
+    assert met > 0
+    torch.nn.init.constant_(native_palm.token_emb.weight[token : token + 1], torch.nan)
+    for pause in (0.0, 10.0):
+        monkeypatch.setattr(generation, "PAUSE", pause)
+        with pytest.raises(ValueError, match=f"token {met + 2} is drawn from logits that are not finite"):
+            native_palm.generate(30, prompt, temperature=0.0)
 
 
 # a GPU's way on a CPU: the results are looked at every few steps only

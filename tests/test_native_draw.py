@@ -9,6 +9,7 @@ import torch
 from palm_rlhf_pytorch import native_draw, utils
 from palm_rlhf_pytorch.generation import Sampling
 from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.native_draw import Kept
 
 pytestmark = pytest.mark.skipif(library("draw") is None, reason="there is no C++ compiler to be found")
 
@@ -47,7 +48,7 @@ def test_the_same_tokens_and_log_probs(monkeypatch, sampling, vocab):
     logits[::3, vocab // 2 + 1 :: 2] = -torch.inf
     tokens, log_probs = sampling.draw(logits, seeded())
     expected = by_torch(monkeypatch, sampling, logits, seeded())
-    assert sampling._kept(vocab) is not None and (tokens.dtype, log_probs.dtype) == (torch.long, torch.float32)
+    assert sampling.kept(vocab) is not None and (tokens.dtype, log_probs.dtype) == (torch.long, torch.float32)
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(log_probs, expected[1], rtol=1e-5, atol=1e-5)
 
@@ -56,8 +57,8 @@ def test_the_same_tokens_and_log_probs(monkeypatch, sampling, vocab):
 def test_evenly_spread_numbers_draw_each_token_as_often_as_it_is_likely(sampling):
     logits, many = torch.randn(30, generator=seeded(3)), 20_000
     uniform = (torch.arange(many, dtype=torch.float64) + 0.5) / many
-    kept = sampling._kept(30)
-    tokens, log_probs = native_draw.drawn(logits.expand(many, -1), uniform, sampling.temperature, *kept)
+    kept = sampling.kept(30)
+    tokens, log_probs = native_draw.drawn(logits.expand(many, -1), uniform, kept)
     probs = sampling.shape(logits[None])[0].softmax(dim=-1)
     torch.testing.assert_close(tokens.bincount(minlength=30) / many, probs, atol=2 / many, rtol=0)
     torch.testing.assert_close(log_probs.exp(), probs[tokens])
@@ -69,19 +70,19 @@ def test_the_smallest_and_the_largest_number_draw_what_has_a_probability(uniform
     logits = torch.randn(20_000, 20, generator=seeded())
     logits[:, [0, 18, 19]] = -torch.inf
     uniform = torch.full((20_000,), uniform, dtype=torch.float64)
-    assert (native_draw.drawn(logits, uniform, 1.0, 20, 1.0, 1.0)[0] == token).all()
+    assert (native_draw.drawn(logits, uniform, Kept(1.0, 20))[0] == token).all()
 
 
 @pytest.mark.parametrize("level", [0.0, -3.0, 2.5, -0.0])
 def test_of_equal_logits_the_first_are_kept(level):
     logits = torch.full((1, 600), level).index_fill(1, torch.tensor([500]), level + 1).expand(1000, -1)
     uniform = torch.rand(1000, dtype=torch.float64, generator=seeded())
-    tokens, log_probs = native_draw.drawn(logits, uniform, 1.0, 4, 1.0, 1.0)
+    tokens, log_probs = native_draw.drawn(logits, uniform, Kept(1.0, 4))
     assert tokens.unique().tolist() == [0, 1, 2, 500]
     assert log_probs[0].exp() == pytest.approx(1 / (3 + torch.e) if tokens[0] < 500 else torch.e / (3 + torch.e))
     even = torch.full((1000, 8), level)
-    assert native_draw.drawn(even, uniform, 1.0, 8, 0.5, 1.0)[0].unique().tolist() == [0, 1, 2, 3, 4]  # more than half
-    assert native_draw.drawn(even, None, 0.0, 8, 1.0, 1.0)[0].unique().tolist() == [0]
+    assert native_draw.drawn(even, uniform, Kept(1.0, 8, 0.5))[0].unique().tolist() == [0, 1, 2, 3, 4]  # more than half
+    assert native_draw.drawn(even, None, Kept(0.0, 8))[0].unique().tolist() == [0]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e4, 1e30])
@@ -121,7 +122,7 @@ def test_hardly_any_temperature_is_greedy(temperature):
 def test_a_number_at_the_border_draws_what_comes_behind_it():
     uniform = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
     for vocab in (4, 1024):  # in one block, and blocks
-        tokens, _ = native_draw.drawn(torch.zeros(4, vocab), uniform, 1.0, vocab, 1.0, 1.0)
+        tokens, _ = native_draw.drawn(torch.zeros(4, vocab), uniform, Kept(1.0, vocab))
         assert torch.equal(tokens, (uniform * vocab).long())
 
 
@@ -130,7 +131,7 @@ def test_what_is_unlikely_is_drawn_too():
     logits = torch.zeros(1, 600).index_fill(1, torch.tensor([598, 599]), -20.0)
     weight = logits.double().exp()[0, 598]
     uniform = (598 + weight / 2) / (598 + 2 * weight)
-    assert native_draw.drawn(logits, uniform[None], 1.0, 600, 1.0, 1.0)[0].item() == 598
+    assert native_draw.drawn(logits, uniform[None], Kept(1.0, 600))[0].item() == 598
 
 
 @pytest.mark.parametrize("top_k", [2**63, 2**64 + 1, float("inf")])
@@ -150,9 +151,9 @@ def test_what_does_not_fit_is_torchs():
     assert not native_draw.fits(torch.randn(3, 4).bfloat16()) and not native_draw.fits(torch.randn(4, 3).t())
     assert not native_draw.fits(torch.randn(3, 4, 5)) and not native_draw.fits(torch.randn(3, 4, requires_grad=True))
     filters = [lambda x: x, partial(utils.top_k), partial(lambda x, thres: x, thres=0.9)]
-    assert all(Sampling(filter_logits=one)._kept(9) is None for one in filters)
+    assert all(Sampling(filter_logits=one).kept(9) is None for one in filters)
     by_mass = partial(utils.top_p, thres=0.9)
-    assert all(Sampling(1.0, by_mass, **own)._kept(9) is None for own in ({"top_k": 3}, {"top_p": 0.5}))
+    assert all(Sampling(1.0, by_mass, **own).kept(9) is None for own in ({"top_k": 3}, {"top_p": 0.5}))
     logits = torch.zeros(50, 9)
     tokens, log_probs = Sampling(filter_logits=lambda x: x.index_fill(1, torch.tensor([0, 3]), 9.0)).draw(logits)
     assert tokens.shape == log_probs.shape == (50,) and ((tokens == 0) | (tokens == 3)).float().mean() > 0.9

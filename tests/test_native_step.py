@@ -7,8 +7,9 @@ import pytest
 import torch
 from einops import rearrange
 
-from palm_rlhf_pytorch import native_step
+from palm_rlhf_pytorch import native_draw, native_step
 from palm_rlhf_pytorch.native import library
+from palm_rlhf_pytorch.native_draw import Kept
 from palm_rlhf_pytorch.native_step import NativeStep, packed_step
 from palm_rlhf_pytorch.packed_step import PackedStep
 from palm_rlhf_pytorch.palm import PaLM
@@ -238,8 +239,8 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_structs_are_those_of_the_source():
-    sizes = library("decode").size_of_step(), library("decode").size_of_layer()
-    assert sizes == tuple(map(ctypes.sizeof, (native_step.Step, native_step.Layer)))
+    for struct in (native_step.Step, native_step.Layer, native_step.Ahead):
+        assert library("decode")[f"size_of_{struct.__name__.lower()}"]() == ctypes.sizeof(struct)
 
 
 @torch.no_grad()
@@ -291,14 +292,14 @@ def test_no_rows():
 
 
 def test_a_table_is_no_larger_than_the_layer():
-    assert NativeStep(new_palm(dim=128), 9, 10**6).computed is not None
-    assert NativeStep(new_palm(dim=128, num_tokens=2000), 9, 10**6).computed is None
+    assert NativeStep(new_palm(dim=128), 9, 10**6).computes
+    assert not NativeStep(new_palm(dim=128, num_tokens=2000), 9, 10**6).computes
 
 
 def test_the_first_layer_is_computed_beforehand_where_tokens_enough_are_drawn():
     palm = new_palm()  # 50 tokens
     steps = [NativeStep(palm, rows, steps) for rows in (1, 20) for steps in (4, 9)]
-    assert [step.computed is not None for step in steps] == [False, True, False, True]
+    assert [step.computes for step in steps] == [False, True, False, True]
 
 
 @torch.no_grad()
@@ -461,3 +462,84 @@ def test_weights_that_changed_are_read_with():
     assert step.read(tokens, real, ours)
     palm(tokens, cache=theirs)
     torch.testing.assert_close(ours.memory, theirs.memory, rtol=1e-4, atol=1e-4)
+
+
+# several steps in one call
+
+
+def one_by_one(step, tokens, cache, steps, kept, uniform, ends):
+    """`NativeStep.ahead`, in single steps."""
+    found, many = [], len(tokens)
+    for i in range(steps):
+        logits = step(tokens, cache)
+        tokens, log_probs = native_draw.drawn(logits, uniform[i * many : (i + 1) * many], kept)
+        found.append((tokens, log_probs))
+        cache.advance(1, 1)
+        if torch.isin(tokens, ends).any():
+            break
+    return tuple(map(torch.stack, zip(*found, strict=True)))
+
+
+def both_ways(palm, make_step, lengths, steps, kept=None, ends=(), room=64):
+    """What is drawn after prompts of these lengths (and memory, and positions), in one call and step by step."""
+    ids, rows = torch.arange(len(lengths) * room).view(-1, room) % 50, len(lengths)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    uniform = torch.rand(steps * rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    how = steps, kept or Kept(1.0, palm.num_tokens), uniform, torch.tensor(ends, dtype=torch.long)
+    results = []
+    for together in (True, False):
+        cache, step = palm.new_cache(rows, room), make_step(palm, rows)
+        palm(ids[:, : max(lengths)], mask=mask, cache=cache, return_only_embedding=True)
+        if together:
+            drawn = step.ahead(ids[:, 0], cache, *how)
+            cache.advance(len(drawn[0]), len(drawn[0]))
+        else:
+            drawn = one_by_one(step, ids[:, 0], cache, *how)
+        results.append((*drawn, cache.memory, cache.lengths))
+    return results
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_step", [NativeStep, beforehand])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_ahead_are_steps(kind, make_step):
+    palm = new_palm(**KINDS[kind])
+    ours, theirs = both_ways(palm, make_step, [3, 30, 17], 12)
+    assert ours[0].shape == (12, 3) and len(ours[0].unique()) > 9
+    assert all(map(torch.equal, ours, theirs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [Kept(0.0, 50), Kept(0.7, 9, 0.8, 0.7)], ids=str)
+def test_steps_ahead_draw_as_they_are_told(kept):
+    ours, theirs = both_ways(new_palm(logit_scale=0.3), NativeStep, [3, 30, 17], 12, kept)
+    assert all(map(torch.equal, ours, theirs))
+
+
+@torch.no_grad()
+def test_steps_ahead_into_keys_of_another_task():
+    ours, theirs = both_ways(new_palm(depth=2), NativeStep, [505, 2], 20, room=530)
+    assert all(map(torch.equal, ours, theirs))
+
+
+@torch.no_grad()
+def test_steps_ahead_end_with_the_first_row_that_does():
+    palm = new_palm()
+    free = both_ways(palm, NativeStep, [3, 30, 17], 12)[0][0]
+    ends = free[7, 1].item(), 10**6
+    first = int((free == ends[0]).any(dim=1).nonzero()[0])
+    ours, theirs = both_ways(palm, NativeStep, [3, 30, 17], 12, ends=ends)
+    assert all(map(torch.equal, ours, theirs))
+    assert 0 < first < 11 and torch.equal(ours[0], free[: first + 1])
+    assert ours[3].tolist() == [4 + first, 31 + first, 18 + first]
+
+
+@torch.no_grad()
+def test_steps_ahead_need_room_and_know_of_changed_weights():
+    palm, tokens, kept = new_palm(), torch.tensor([1]), Kept(0.0, 50)
+    step, cache = NativeStep(palm, 1), palm.new_cache(1, 20)
+    with pytest.raises(ValueError, match=r"reserve\(21\)"):
+        step.ahead(tokens, cache, 21, kept, None, None)
+    palm.to_logits.weight.neg_()
+    expected = NativeStep(palm, 1).ahead(tokens, palm.new_cache(1, 20), 20, kept, None, None)
+    assert all(map(torch.equal, step.ahead(tokens, cache, 20, kept, None, None), expected))

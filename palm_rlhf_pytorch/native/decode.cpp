@@ -1,9 +1,10 @@
 // A decoding step on a CPU, one token a row, all layers of it: norm, queries, keys and values, these turned and stored,
 // attention over what each row has and beside it the way into SwiGLU, then both ways out as one. A few tokens of a
-// prompt are a step too, of as many rows, which share memory. The plain twin is PackedStep, of prompts PaLM. float32;
-// head sizes are multiples of 16.
+// prompt are a step too, of as many rows, which share memory. Several steps are one call where what is drawn from one is
+// the next one's. The plain twin is PackedStep, of prompts PaLM. float32; head sizes are multiples of 16.
 
 #include "attend.h"
+#include "draw.h"
 #include "layout.h"
 #include "panels.h"
 
@@ -29,9 +30,10 @@ struct Step {
   int64_t rows, dim, heads, kv_heads, d, ff, vocab, depth, max_len;
   int64_t layer_memory, turn_place, turn_head; // floats from one layer's memory, one position's and one head's cosines to the next
   const Layer* layers;
-  const float* tokens;    // (rows, dim), or with `computed` (rows, qkv + dim)
+  float* tokens;          // (rows, dim), or with `computed` (rows, qkv + dim)
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
-  const int64_t *places, *lengths; // (rows), where each is in memory, and what it has there before
+  const int64_t* places; // (rows), where each is in memory,
+  int64_t* lengths;      // and what it has there before
   int64_t spans;          // of SPAN keys that the longest row has then
   const float *cos, *sin; // of every position
   float* memory;          // (depth, places, max_len, 2, kv_heads, d)
@@ -46,6 +48,18 @@ struct Step {
   int64_t group() const { return heads / kv_heads; }
   int64_t chunks() const { return (group() + HEADS - 1) / HEADS; } // of the heads that share keys
   int64_t parts() const { return rows * kv_heads * chunks() * spans; } // of attention
+};
+
+// ... and of steps one after the other, each of tokens that were drawn in the one before
+struct Ahead {
+  const Step* step; // whose tokens and lengths are written anew for each; it has spans enough for the last one
+  const Call* draw; // from its logits; tokens and log-probs have room for (steps, rows), uniform has so many numbers
+  int64_t steps;
+  const float* table;        // (vocab, width), what a step is given of a token
+  int64_t width;
+  const int64_t *first, *ends; // tokens (rows); those after which a row is done,
+  int64_t end_count;           // and how many these are
+  double logit_scale;
 };
 
 // the sum of f(x) over n features
@@ -150,26 +164,7 @@ void by_turns(std::atomic<int64_t>* next, int64_t ones, One one, int64_t others,
 #pragma omp barrier
 }
 
-} // namespace
-
-// weight (outputs, own) -> inputs `begin` and on of every `step`th of the panels from `first` on, filled up with 0
-extern "C" void pack(const float* weight, float* to, int64_t outputs, int64_t own, int64_t begin, int64_t inputs, int64_t first,
-                     int64_t step) {
-  const Panels panels{inputs, panels_of(outputs) * step};
-#pragma omp parallel for schedule(static)
-  for (int64_t o = 0; o < outputs; o += WIDE) {
-    const int64_t panel = first + o / WIDE * step;
-    lay_out<WIDE>({weight + o * own, own, 1}, std::min<int64_t>(WIDE, outputs - o), own,
-                  [&](int64_t, int64_t i) { return to + panels.at(panel, begin + i); });
-  }
-}
-
-extern "C" int64_t room_of(const Step* s) {
-  return s->parts() * Attended::size(s->d) + s->rows * (2 * s->dim + s->mixed() + s->qkv());
-}
-
-extern "C" void step(const Step* given) {
-  const Step& s = *given;
+void step(const Step& s) {
   const Rows rows(s.rows);
   float *parts = s.room, *x = parts + s.parts() * Attended::size(s.d), *normed = x + s.rows * s.dim;
   float *mixed = normed + s.rows * s.dim, *y = mixed + s.rows * s.mixed();
@@ -213,5 +208,52 @@ extern "C" void step(const Step* given) {
   }
 }
 
+// whether any of n tokens ends its row
+bool any_ends(const Ahead& a, const int64_t* tokens, int64_t n) {
+  return std::any_of(tokens, tokens + n, [&](int64_t token) { return std::count(a.ends, a.ends + a.end_count, token) > 0; });
+}
+
+} // namespace
+
+// weight (outputs, own) -> inputs `begin` and on of every `step`th of the panels from `first` on, filled up with 0
+extern "C" void pack(const float* weight, float* to, int64_t outputs, int64_t own, int64_t begin, int64_t inputs, int64_t first,
+                     int64_t step) {
+  const Panels panels{inputs, panels_of(outputs) * step};
+#pragma omp parallel for schedule(static)
+  for (int64_t o = 0; o < outputs; o += WIDE) {
+    const int64_t panel = first + o / WIDE * step;
+    lay_out<WIDE>({weight + o * own, own, 1}, std::min<int64_t>(WIDE, outputs - o), own,
+                  [&](int64_t, int64_t i) { return to + panels.at(panel, begin + i); });
+  }
+}
+
+extern "C" int64_t room_of(const Step* s) {
+  return s->parts() * Attended::size(s->d) + s->rows * (2 * s->dim + s->mixed() + s->qkv());
+}
+
+extern "C" void step(const Step* given) { step(*given); }
+
+// until a row is done; how many steps that were
+extern "C" int64_t steps(const Ahead* given) {
+  const Ahead& a = *given;
+  const Step& s = *a.step;
+  Call call = *a.draw;
+  const int64_t* tokens = a.first;
+  for (int64_t i = 0; i < a.steps; i++) {
+    for (int64_t r = 0; r < s.rows; r++) std::copy_n(a.table + tokens[r] * a.width, a.width, s.tokens + r * a.width);
+    step(s);
+    if (a.logit_scale != 1)
+      for (int64_t j = 0; j < s.rows * s.vocab; j++) s.logits[j] *= float(a.logit_scale);
+    draw(call);
+    for (int64_t r = 0; r < s.rows; r++) s.lengths[r]++;
+    tokens = call.tokens;
+    if (any_ends(a, tokens, s.rows)) return i + 1;
+    call.tokens += s.rows, call.log_probs += s.rows;
+    if (call.uniform) call.uniform += s.rows;
+  }
+  return a.steps;
+}
+
 extern "C" int64_t size_of_step() { return sizeof(Step); }
 extern "C" int64_t size_of_layer() { return sizeof(Layer); }
+extern "C" int64_t size_of_ahead() { return sizeof(Ahead); }
