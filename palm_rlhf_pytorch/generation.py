@@ -21,7 +21,7 @@ from palm_rlhf_pytorch.vocabulary import log_softmax, tempered
 
 PREFILL_TOKENS = 2**14  # prompt tokens read at once
 WRITE_EVERY = 256  # times that tokens come before they are laid into their sequences together
-PAUSE = 0.05  # seconds that a call of several steps may take: until progress is seen, and Ctrl-C heard
+PAUSE = 0.05  # seconds that a call of several steps takes, about: until progress is seen, and Ctrl-C heard
 MOST_AHEAD = 256  # steps of one call
 
 
@@ -90,8 +90,8 @@ class Sampling:
 
 @dataclass
 class Step:
-    """One token for each of m rows of the batch: rows, positions, tokens, log_probs, all (m,). (n * m,) of n steps that
-    were taken together.
+    """One token for each of m rows of the batch: rows, positions, tokens, log_probs, all (m,). Or n of each row, taken
+    together: (n * m,), one step after the other.
 
     alive (m,) is False where a row had ended before: on a GPU such rows go on until the loop looks at them, and what
     is drawn for them means nothing.
@@ -236,13 +236,13 @@ class Drawing:
         self.first, self.pace = True, 1
 
     def __call__(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, tokens and log-probs (n * m,) of n steps of the m rows."""
+        """Positions, tokens and log-probs (n * m,) of n steps of the m rows, step by step."""
         left = int((rows.last - self.decoder.cache.lengths).min()) if self.pace > 1 else 1
         steps, started = min(self.pace, left), time.perf_counter()
         found = self._several(rows, steps) if steps > 1 else self._one(rows)
         if self.kept is not None:
             each = (time.perf_counter() - started) * len(rows.tokens) / len(found[0])
-            self.pace = max(2, min(MOST_AHEAD, int(PAUSE / each))) if each < PAUSE else 1
+            self.pace = max(1, min(MOST_AHEAD, int(PAUSE / max(each, 1e-9))))
         return found
 
     def _one(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,14 +258,16 @@ class Drawing:
     def _several(self, rows: Rows, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         many, before, uniform = len(rows.tokens), self.decoder.cache.lengths, None
         source = self.generator or torch.default_generator
-        state = source.get_state() if self.eos is not None else None
         if self.sampling.temperature:
+            state = source.get_state()
             uniform = uniform_numbers(steps * many, before.device, source)
+            behind = source.get_state()
         tokens, log_probs = self.decoder.draw_ahead(rows.tokens, steps, self.kept, uniform, self.eos)
-        if uniform is not None and len(tokens) < steps:  # go on behind the numbers that were used
+        # the numbers that were not used are the next ones again, unless another thread has drawn meanwhile
+        if uniform is not None and len(tokens) < steps and source.get_state().equal(behind):
             source.set_state(state)
             uniform_numbers(tokens.numel(), before.device, source)
-        positions = before + torch.arange(1, len(tokens) + 1)[:, None]
+        positions = before + torch.arange(1, len(tokens) + 1, device=before.device)[:, None]
         return positions.flatten(), tokens.flatten(), log_probs.flatten()
 
 
@@ -284,12 +286,13 @@ def decode(
     together: bool = False,
     **forward_kwargs,
 ) -> Iterator[Step]:
-    """Draw tokens step by step. A row ends with its EOS, or when prompt and response fill limits (b,).
+    """Draw tokens step by step, or, `together`, several steps at a time where that is faster (`Drawing`). A row ends
+    with its EOS, or when prompt and response fill limits (b,).
 
     prompts (b, n) right padded, lengths (b,): at least one token is drawn for every row. Prompts are read together;
     from then on each step is one token a row, and rows that ended are computed no more (on a GPU, from the next look
     on). With more than `max_batch` prompts, the others wait and take the places of those that end. `how`: see
-    `decoder.choose`. `together`: tokens may come several steps at a time, where that is faster.
+    `decoder.choose`.
     """
     eos = eos_tensor(eos_token, prompts.device)
     batch = min(max_batch or len(prompts), len(prompts))

@@ -1,4 +1,4 @@
-"""Tokens drawn on a CPU in one call of C++ (native/draw.cpp)."""
+"""Tokens drawn on a CPU in one call of C++ (native/draw.h)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from palm_rlhf_pytorch.products import only_computed
 
 
 class Call(ctypes.Structure):
-    """draw.cpp's struct of that name."""
+    """draw.h's struct of that name."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "vocab", "row")] + [("logits", ctypes.c_void_p)]
     _fields_ += [("temperature", ctypes.c_double), ("count", ctypes.c_int64)]
@@ -53,7 +53,7 @@ def drawn(logits: Tensor, uniform: Tensor | None, kept: Kept) -> tuple[Tensor, T
 
 
 def call(logits: Tensor, uniform: Tensor | None, kept: Kept, tokens: Tensor, log_probs: Tensor) -> Call:
-    """What C++ is told of them; it keeps them."""
+    """What C++ is told of them, whose memory the struct keeps from being freed."""
     uniform = None if uniform is None else uniform.contiguous()
     made = Call(*logits.shape, logits.stride(0), logits.data_ptr(), kept.temperature, kept.count, kept.mass)
     made.mass_temperature, made.uniform = kept.mass_temperature, None if uniform is None else uniform.data_ptr()

@@ -160,16 +160,20 @@ class NativeStep(PackedStep):
         self, tokens: Tensor, cache: KVCache, steps: int, kept: Kept, uniform: Tensor | None, ends: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What `steps` steps draw, each with its numbers of `uniform` (steps * m,), after tokens (m,) -> tokens (n, m),
-        log_probs (n, m). They end early, behind a step that draws one of `ends` (k,).
+        log_probs (n, m). They end early, behind a step that draws one of `ends` (k,), or from what is not finite.
         """
         self._keep_up()
+        self._check_rows(tokens, cache)
         check_room(cache, self.palm, steps)
         logits, table = self.room.new_empty(len(tokens), self.palm.num_tokens), self.table
-        drawn, log_probs = tokens.new_empty(steps, len(tokens)), self.room.new_empty(steps, len(tokens))
+        drawn, log_probs = (
+            tokens.new_empty(steps, len(tokens), dtype=torch.long),
+            self.room.new_empty(steps, len(tokens)),
+        )
         inputs = self.room.new_empty(len(tokens), table.shape[1])
         step = self._filled(inputs, cache.places, cache.lengths.clone(), cache.filled + steps, cache, logits)
         draw = native_draw.call(logits, uniform, kept, drawn, log_probs)
-        tokens, ends = tokens.contiguous(), tokens.new_empty(0) if ends is None else ends.long().contiguous()
+        tokens, ends = (t.long().contiguous() for t in (tokens, tokens[:0] if ends is None else ends))
         ahead = Ahead(ctypes.addressof(step), ctypes.addressof(draw), steps, table.data_ptr(), table.shape[1])
         ahead.first, ahead.ends, ahead.end_count = tokens.data_ptr(), ends.data_ptr(), len(ends)
         ahead.logit_scale = self.palm.logit_scale
@@ -191,7 +195,7 @@ class NativeStep(PackedStep):
     def _filled(
         self, inputs: Tensor, places: Tensor, lengths: Tensor, longest: int, cache: KVCache, logits: Tensor | None
     ) -> Step:
-        """What C++ is told of a step; it keeps what it points to."""
+        """What C++ is told of a step. What the struct points to is not freed before itself."""
         palm, block = self.palm, self.palm.layers[0].fn
         turns, places, lengths = self._turns(cache), places.contiguous(), lengths.contiguous()
         cos, sin = turns.cos.float(), turns.sin.float()  # by torch's default dtype they may be more

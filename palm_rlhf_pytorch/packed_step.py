@@ -158,8 +158,7 @@ class PackedStep:
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         self._keep_up()
-        if len(tokens) != cache.rows:
-            raise ValueError(f"the cache has {cache.rows} rows, but there are {len(tokens)} tokens")
+        self._check_rows(tokens, cache)
         logits = self._logits(tokens, cache)
         return logits if self.palm.logit_scale == 1.0 else logits * self.palm.logit_scale
 
@@ -171,6 +170,10 @@ class PackedStep:
         for i, layer in enumerate(self.layers):
             x = layer(x, between, i)
         return self.to_logits(self.norm(x))[: len(tokens)]
+
+    def _check_rows(self, tokens: Tensor, cache: KVCache) -> None:
+        if len(tokens) != cache.rows:
+            raise ValueError(f"the cache has {cache.rows} rows, but there are {len(tokens)} tokens")
 
     def _keep_up(self) -> None:
         if versions(self.sources) != self.versions:

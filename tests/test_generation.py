@@ -566,18 +566,58 @@ def test_streams_hand_over_each_token_when_it_is_drawn(native_palm, monkeypatch)
     assert not calls and tokens == native_palm.generate(24, torch.tensor([1, 2, 3]), temperature=0.0).tolist()
 
 
-def test_a_token_that_breaks_steps_taken_together_is_named(native_palm, monkeypatch):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_breaks_steps_taken_together_is_named(native_palm, monkeypatch, temperature):
     prompt = torch.tensor([[1, 2, 3], [3, 2, 1]])
     native_palm.to_logits.weight = torch.nn.Parameter(native_palm.to_logits.weight.detach().clone())
-    likely = native_palm.generate(30, prompt, temperature=0.0)
-    token = next(t for t in likely[0, 3:].tolist() if t not in (1, 2, 3))
-    met = int((likely == token).any(dim=0).nonzero()[0])
+    drawn = native_palm.generate(30, prompt, temperature=temperature, seed=0)
+    token = next(t for t in drawn[0, 3:].tolist() if t not in (1, 2, 3))
+    met = int((drawn == token).any(dim=0).nonzero()[0])
     assert met > 0
     torch.nn.init.constant_(native_palm.token_emb.weight[token : token + 1], torch.nan)
+    next_numbers = []
     for pause in (0.0, 10.0):
         monkeypatch.setattr(generation, "PAUSE", pause)
-        with pytest.raises(ValueError, match=f"token {met + 2} is drawn from logits that are not finite"):
-            native_palm.generate(30, prompt, temperature=0.0)
+        with torch.random.fork_rng(), pytest.raises(ValueError, match=f"token {met + 2} is drawn from .* not finite"):
+            native_palm.generate(30, prompt, temperature=temperature, seed=0)
+        torch.manual_seed(0)
+        with pytest.raises(ValueError, match="not finite"):
+            native_palm.generate(30, prompt, temperature=temperature)
+        next_numbers.append(torch.rand(2))
+    assert torch.equal(*next_numbers)
+
+
+def test_numbers_that_others_draw_meanwhile_are_not_drawn_again(native_palm, monkeypatch):
+    prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    monkeypatch.setattr(generation, "PAUSE", 10.0)
+    torch.manual_seed(0)
+    ends = native_palm.generate(24, prompts)[0, 5].item()
+    plain, others = decoder.Decoder.draw_ahead, []
+
+    def beside(self, *args):
+        drawn = plain(self, *args)
+        others.append(torch.rand(3))
+        return drawn
+
+    monkeypatch.setattr(decoder.Decoder, "draw_ahead", beside)
+    torch.manual_seed(0)
+    native_palm.generate(24, prompts, eos_token=ends)
+    later = torch.rand(500)
+    assert others and not torch.isin(later, torch.cat(others)).any()
+
+
+@pytest.mark.parametrize("pause", [0.0, 10.0])
+def test_default_devices_decide_nothing(native_palm, monkeypatch, pause):
+    prompt = torch.tensor([[1, 2, 3]])
+    expected = native_palm.generate(24, prompt, temperature=0.0)
+    monkeypatch.setattr(generation, "PAUSE", pause)
+    with torch.device("meta"):
+        assert torch.equal(native_palm.generate(24, prompt, temperature=0.0), expected)
+
+
+def test_a_clock_that_stands_still(native_palm, monkeypatch):
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: 0.0)
+    assert native_palm.generate(24, torch.tensor([[1, 2, 3]])).shape == (1, 21)
 
 
 # a GPU's way on a CPU: the results are looked at every few steps only

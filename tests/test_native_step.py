@@ -540,6 +540,8 @@ def test_steps_ahead_need_room_and_know_of_changed_weights():
     step, cache = NativeStep(palm, 1), palm.new_cache(1, 20)
     with pytest.raises(ValueError, match=r"reserve\(21\)"):
         step.ahead(tokens, cache, 21, kept, None, None)
+    with pytest.raises(ValueError, match="has 1 rows, but there are 2 tokens"):
+        step.ahead(torch.tensor([1, 2]), cache, 3, kept, None, None)
     palm.to_logits.weight.neg_()
     expected = NativeStep(palm, 1).ahead(tokens, palm.new_cache(1, 20), 20, kept, None, None)
-    assert all(map(torch.equal, step.ahead(tokens, cache, 20, kept, None, None), expected))
+    assert all(map(torch.equal, step.ahead(tokens.int(), cache, 20, kept, None, None), expected))

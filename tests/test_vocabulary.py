@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +213,31 @@ def test_lookup_without_the_loss_has_its_own_gradient():
     weight, ids, tied = torch.randn(7, 4, requires_grad=True), torch.tensor([[1, 1, 6]]), []
     vocabulary.Lookup.apply(ids, weight, tied).sum().backward()
     assert weight.grad[:, 0].tolist() == [0, 2, 0, 0, 0, 0, 1]
+
+
+CHUNKS = """
+import sys
+from pathlib import Path
+
+import torch
+
+from palm_rlhf_pytorch import vocabulary
+from palm_rlhf_pytorch.freed_memory import keep_freed_memory
+
+keep_freed_memory()
+function = getattr(vocabulary, sys.argv[1])
+embeds, weight, targets = torch.randn(8192, 8), torch.randn(20_000, 8), torch.zeros(8192, dtype=torch.long)
+function(embeds[:300], weight, targets[:300])
+Path("/proc/self/clear_refs").write_text("5")
+function(embeds, weight, targets)
+print(Path("/proc/self/status").read_text())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak of memory")
+@pytest.mark.parametrize("function", ["linear_log_probs", "target_log_probs"])
+def test_chunks_take_turns_with_the_same_memory(function):
+    """Of 40 chunks of 16 MiB few are there at once."""
+    run = subprocess.run([sys.executable, "-c", CHUNKS, function], capture_output=True, text=True, check=True)
+    peak = next(line for line in run.stdout.splitlines() if line.startswith("VmHWM"))
+    assert int(peak.split()[1]) < 500 * 1024  # kB; 250 to 280 MB where that is so, else 890 to 1,480

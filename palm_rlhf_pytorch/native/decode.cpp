@@ -32,8 +32,8 @@ struct Step {
   const Layer* layers;
   float* tokens;          // (rows, dim), or with `computed` (rows, qkv + dim)
   int64_t computed;       // whether these are queries, keys and values of the first layer, and what adds up but its attention
-  const int64_t* places; // (rows), where each is in memory,
-  int64_t* lengths;      // and what it has there before
+  const int64_t* places;  // (rows), where each is in memory
+  int64_t* lengths;       // (rows), what each has there before
   int64_t spans;          // of SPAN keys that the longest row has then
   const float *cos, *sin; // of every position
   float* memory;          // (depth, places, max_len, 2, kv_heads, d)
@@ -208,9 +208,11 @@ void step(const Step& s) {
   }
 }
 
-// whether any of n tokens ends its row
-bool any_ends(const Ahead& a, const int64_t* tokens, int64_t n) {
-  return std::any_of(tokens, tokens + n, [&](int64_t token) { return std::count(a.ends, a.ends + a.end_count, token) > 0; });
+// whether a row ends with what was drawn, or was drawn from no numbers
+bool any_done(const Ahead& a, const Call& drawn) {
+  for (int64_t r = 0; r < drawn.rows; r++)
+    if (std::count(a.ends, a.ends + a.end_count, drawn.tokens[r]) || !std::isfinite(drawn.log_probs[r])) return true;
+  return false;
 }
 
 } // namespace
@@ -243,11 +245,12 @@ extern "C" int64_t steps(const Ahead* given) {
     for (int64_t r = 0; r < s.rows; r++) std::copy_n(a.table + tokens[r] * a.width, a.width, s.tokens + r * a.width);
     step(s);
     if (a.logit_scale != 1)
+#pragma omp parallel for
       for (int64_t j = 0; j < s.rows * s.vocab; j++) s.logits[j] *= float(a.logit_scale);
     draw(call);
     for (int64_t r = 0; r < s.rows; r++) s.lengths[r]++;
     tokens = call.tokens;
-    if (any_ends(a, tokens, s.rows)) return i + 1;
+    if (any_done(a, call)) return i + 1;
     call.tokens += s.rows, call.log_probs += s.rows;
     if (call.uniform) call.uniform += s.rows;
   }
