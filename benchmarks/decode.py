@@ -24,7 +24,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--positions", type=int, nargs="*", default=[100, 2000], help="compared for time a token")
     parser.add_argument("--position-batch", type=int, default=4, help="sequences while positions are compared")
     parser.add_argument("--reference-batch", type=int, default=4, help="the one batch that the reference is timed at")
-    parser.add_argument("--reference-repeats", type=int, default=2, help="runs of the reference, which are long")
+    parser.add_argument("--reference-repeats", type=int, default=5, help="runs of the reference, a minute each")
     parser.add_argument("--static-cache", action=argparse.BooleanOptionalAction, default=True, help=STATIC + " too")
     parser.add_argument("--decoder", help="of PaLM.generate, where it is not to choose: plain, packed or compiled")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
