@@ -193,28 +193,11 @@ class Gradients:
         return self.embeds, None if self.weight is None else self.weight.to(self.dtype)
 
 
-class FloatLogits(torch.autograd.Function):
-    """embeds (m, d) @ weight^T (v, d), both in half precision -> (m, v) in float32, not rounded in between."""
-
-    @staticmethod
-    def forward(ctx: Any, embeds: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(embeds, weight)
-        return float_logits(embeds, weight, rounded=False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        embeds, weight = ctx.saved_tensors
-        gradients = Gradients(embeds, weight, ctx.needs_input_grad)
-        gradients.add(by_logits, embeds, weight)
-        return gradients.pair()
-
-
+@torch.no_grad()
 def all_log_probs(embeds: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-    """log softmax(scale * embeds @ weight^T) of a chunk, with its gradient: (m, d), (v, d) -> (m, v) float32."""
+    """log softmax(scale * embeds @ weight^T) of a chunk, without gradient: (m, d), (v, d) -> (m, v) float32."""
     embeds, weight, rounded = as_multiplied(embeds, weight)
-    logits = linear(embeds, weight).float() if rounded else FloatLogits.apply(embeds, weight)
-    return (logits * scale).log_softmax(dim=-1)
+    return chunk_log_probs(embeds, weight, scale, rounded)
 
 
 class ChunkedLogProbs(torch.autograd.Function):

@@ -1,5 +1,6 @@
 import math
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from run_readme import code_blocks
 from tiny import PROMPTS, ROLL, TOKENS, TRAIN, first_is_even, made_up, shake, tiny_actor_critic, tiny_palm
 from torch.optim import SGD, AdamW
 
-from palm_rlhf_pytorch import ops, score_centering_loss
-from palm_rlhf_pytorch.actor import Actor, PolicyOutput
+from palm_rlhf_pytorch import ops, score_centering_loss, vocabulary
+from palm_rlhf_pytorch.actor import Actor, PolicyOutput, Predictions
 from palm_rlhf_pytorch.algorithm import Algorithm
 from palm_rlhf_pytorch.algorithms import ALGORITHMS, algorithm_class, centering
 from palm_rlhf_pytorch.algorithms.dapo import DAPO
@@ -724,6 +725,54 @@ def test_chunks_are_the_whole(topk, weighted, monkeypatch):
     assert (ours - plain).abs().max() > 1e-2
     found, wanted = (torch.autograd.grad(t.sum(), actor.actor_parameters()) for t in (ours, theirs))
     assert_close(found, wanted)
+
+
+def with_gradients(centres, embeds, weight):
+    """centres(embeds (m, d), weight (v, d)) -> (m,), and the gradients by both, each centre counted differently."""
+    embeds, weight = (t.clone().requires_grad_() for t in (embeds, weight))
+    found = centres(embeds, weight)
+    counts = torch.arange(1.0, len(found) + 1)
+    return found.detach(), *torch.autograd.grad((found * counts).sum(), (embeds, weight))
+
+
+@pytest.mark.parametrize("half, error", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("topk", [None, 5])
+def test_chunks_centre_as_float32_does_whole(monkeypatch, topk, half, error):
+    monkeypatch.setattr(vocabulary, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(vocabulary, "LOGITS_PER_CHUNK", 1)
+    embeds, weight = torch.randn(9, 64).to(half), torch.randn(50, 64).mul(0.3).to(half)
+    q, ids = torch.randn(9, 50).softmax(-1), None
+    if topk:
+        q, ids = q.topk(topk)
+    truncated, nothing = partial(torch.clamp, max=2.0), torch.zeros(9, dtype=torch.long)
+    sampler = (q,) if ids is None else (q, ids)
+
+    def in_chunks(e, w):
+        return centering.centres(Predictions(e, w, nothing, 0.7), truncated, lambda q, ids=None: (q, ids), *sampler)
+
+    def whole(e, w):
+        return centering.centre((e @ w.t() * 0.7).log_softmax(-1), q, truncated, ids)
+
+    ours, exact = with_gradients(in_chunks, embeds, weight), with_gradients(whole, embeds.float(), weight.float())
+    torch.testing.assert_close(ours[0], exact[0], atol=1e-4, rtol=1e-4)
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        assert a.dtype == half and (a.float() - b).norm() < 2 * error * b.norm()
+
+
+def test_a_backward_pass_centres_by_what_autocast_gave_the_forward_pass():
+    """Rounded to bfloat16, what sampled differs."""
+    embeds, weight, seen = torch.randn(6, 64), torch.randn(40, 64, requires_grad=True), []
+
+    def distribution(e):
+        seen.append(centering.probs(e, weight.detach(), 1.0))
+        return seen[-1], None
+
+    places = Predictions(embeds, weight, torch.zeros(6, dtype=torch.long), 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = centering.centres(places, torch.ones_like, distribution, embeds)
+    found.sum().backward()
+    assert len(seen) == 2 and seen[0].equal(seen[1])
+    assert not seen[0].equal(centering.probs(embeds, weight.detach(), 1.0))
 
 
 def test_centering_keeps_what_sampled_when_all_is_trained():

@@ -70,19 +70,12 @@ def test_half_precision_s_logits_are_those_in_float32_whole():
     torch.testing.assert_close(vocabulary.linear_cross_entropy(embeds, weight, targets, ignore_index=3), expected)
 
 
-@pytest.mark.parametrize("half, error", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_whole_distributions_of_half_precision_weights_are_float32(half, error):
-    embeds, weight, by = torch.randn(9, 64).to(half), torch.randn(50, 64).mul(2).to(half), torch.randn(9, 50)
-    found = {}
-    for dtype in (half, torch.float32):
-        e, w = (t.to(dtype).requires_grad_() for t in (embeds, weight))
-        log_probs = vocabulary.all_log_probs(e, w, 0.7)
-        found[dtype] = log_probs, torch.autograd.grad((log_probs * by).sum(), (e, w))
-    (ours, gradients), (exact, exact_gradients) = found.values()
-    assert ours.dtype == torch.float32 and float(exact.detach().min()) < -15
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_whole_distributions_of_half_precision_weights_are_float32(half):
+    embeds, weight = torch.randn(9, 64).to(half), torch.randn(50, 64).mul(2).to(half)
+    ours, exact = (vocabulary.all_log_probs(*(t.to(d) for t in (embeds, weight)), 0.7) for d in (half, torch.float32))
+    assert ours.dtype == torch.float32 and float(exact.min()) < -15
     torch.testing.assert_close(ours, exact, atol=1e-4, rtol=1e-5)
-    for a, b in zip(gradients, exact_gradients, strict=True):
-        assert a.dtype == half and (a.float() - b).norm() < 2 * error * b.norm()
 
 
 @pytest.mark.parametrize("scale, temperature", [(1.0, 1.0), (0.25, 0.7)])
@@ -222,10 +215,18 @@ from pathlib import Path
 import torch
 
 from palm_rlhf_pytorch import vocabulary
+from palm_rlhf_pytorch.actor import Predictions
+from palm_rlhf_pytorch.algorithms import centering
 from palm_rlhf_pytorch.freed_memory import keep_freed_memory
 
+def centres(embeds, weight, targets):
+    q = torch.full(targets.shape, 5e-4)[:, None].expand(-1, 2000)
+    ids = torch.arange(2000).expand(q.shape)
+    places = Predictions(embeds, weight, targets, 1.0)
+    return centering.centres(places, torch.ones_like, lambda q, ids: (q, ids), q, ids)
+
 keep_freed_memory()
-function = getattr(vocabulary, sys.argv[1])
+function = centres if sys.argv[1] == "centres" else getattr(vocabulary, sys.argv[1])
 embeds, weight, targets = torch.randn(8192, 8), torch.randn(20_000, 8), torch.zeros(8192, dtype=torch.long)
 function(embeds[:300], weight, targets[:300])
 Path("/proc/self/clear_refs").write_text("5")
@@ -235,7 +236,7 @@ print(Path("/proc/self/status").read_text())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak of memory")
-@pytest.mark.parametrize("function", ["linear_log_probs", "target_log_probs"])
+@pytest.mark.parametrize("function", ["linear_log_probs", "target_log_probs", "centres"])
 def test_chunks_take_turns_with_the_same_memory(function):
     """Of 40 chunks of 16 MiB few are there at once."""
     run = subprocess.run([sys.executable, "-c", CHUNKS, function], capture_output=True, text=True, check=True)

@@ -59,8 +59,10 @@ class ScoreCentering(GroupPolicyGradient):
         if k is None or k >= len(places.weight):
             self._remember(places.weight)
             return experience.with_extra(sampler_embeds=scatter_to_mask(places.embeds, mask))
-        parts = (all_log_probs(e, places.weight, places.scale) for (e,) in chunks(places.weight, places.embeds))
-        log_q, ids = (torch.cat(column) for column in zip(*(part.topk(k) for part in parts), strict=True))
+        log_q = places.embeds.new_empty(len(places.embeds), k, dtype=torch.float32)
+        ids = torch.empty_like(log_q, dtype=torch.long)
+        for e, *found in chunks(places.weight, places.embeds, log_q, ids):
+            torch.topk(all_log_probs(e, places.weight, places.scale), k, out=found)
         return experience.with_extra(
             sampler_probs=scatter_to_mask(log_q.exp(), mask), sampler_ids=scatter_to_mask(ids, mask)
         )
