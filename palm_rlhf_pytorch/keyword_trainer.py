@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from palm_rlhf_pytorch.actor import Actor
@@ -16,7 +15,7 @@ from palm_rlhf_pytorch.deprecation import moved
 from palm_rlhf_pytorch.extras import require
 from palm_rlhf_pytorch.optimizers import AdamW
 from palm_rlhf_pytorch.palm import PaLM
-from palm_rlhf_pytorch.prompts import Prompts
+from palm_rlhf_pytorch.prompts import Prompts, TokenIds
 from palm_rlhf_pytorch.rollout import Reward
 from palm_rlhf_pytorch.trainer import LearnOptions, OnPolicyTrainer
 
@@ -50,7 +49,7 @@ class KeywordTrainer(OnPolicyTrainer):
         reward_model: Reward,
         prompts: Sequence[str] | None = None,
         prompts_path: str | Path | None = None,
-        prompt_token_ids: Tensor | None = None,
+        prompt_token_ids: TokenIds | None = None,
         tokenizer: Any = None,
         actor_lr: float = 1e-4,
         actor_wd: float = 0.0,

@@ -8,21 +8,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
 from palm_rlhf_pytorch.conversation import from_json
 from palm_rlhf_pytorch.generation import check_prompts
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
+TokenIds = Tensor | Sequence[Sequence[int] | Tensor]
+
+
+def side_by_side(prompts: Sequence[Sequence[int] | Tensor], pad_value: int) -> Tensor:
+    """Prompts (n,) of any lengths -> (p, n), padded on the right."""
+    wanted = "prompt token ids are a tensor (prompts, n) or a list of prompts, each a list or tensor (n,) of ids"
+    try:
+        rows = [torch.as_tensor(prompt) for prompt in prompts]
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{wanted}; got what is no number") from None
+    if not rows:
+        raise ValueError(f"{wanted}; got none")
+    for i, row in enumerate(rows):
+        if row.ndim != 1:
+            raise ValueError(f"{wanted}; number {i} has shape {tuple(row.shape)}")
+    return pad_sequence(rows, batch_first=True, padding_value=pad_value)
+
 
 class Prompts:
-    """Token ids (p, n), padded on the right with `pad_value`; only trailing padding is taken off a prompt.
+    """Token ids (p, n), padded on the right with `pad_value`, or a list of prompts (n,) of any lengths; only trailing
+    padding is taken off a prompt.
 
     Drawn without repeats until all have been seen, then in a new order. texts: what they were given as, if as text.
     """
 
-    def __init__(self, ids: Tensor, pad_value: int = 0, texts: Sequence[str] = ()):
-        ids = torch.as_tensor(ids)
+    def __init__(self, ids: TokenIds, pad_value: int = 0, texts: Sequence[str] = ()):
+        ids = ids if isinstance(ids, Tensor) else side_by_side(ids, pad_value)
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(f"prompt token ids (prompts, n) are needed, got shape {tuple(ids.shape)}")
         self.ids, self.pad_value, self.texts = ids.cpu(), pad_value, texts
@@ -43,7 +62,7 @@ class Prompts:
         cls,
         prompts: Sequence[str] | None,
         prompts_path: str | Path | None,
-        prompt_token_ids: Tensor | None,
+        prompt_token_ids: TokenIds | None,
         tokenizer: Callable[[list[str]], Any] | None,
         pad_value: int = 0,
     ) -> Prompts:

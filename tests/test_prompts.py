@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from chat import assistant, chat_tokenizer, user
@@ -29,6 +30,29 @@ def test_padding_of_another_id():
     prompts.check(4)
     with pytest.raises(ValueError, match="prompt ids run from 0 to 3, but the vocabulary has ids 0 to 2"):
         prompts.check(3)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_prompts_of_any_lengths_are_laid_side_by_side(kind):
+    prompts = Prompts([kind(prompt) for prompt in ([1, 2, 3], [4], [5, 9])], pad_value=9)
+    assert prompts.ids.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and prompts.lengths.tolist() == [3, 1, 1]
+    trainer = tiny_trainer(prompt_token_ids=[kind([1, 2, 3]), kind([4])])
+    assert trainer.prompts.lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([], "got none"),
+        ([1, 2], r"number 0 has shape \(\)"),
+        ([[1], torch.ones(1, 2)], r"number 1 has shape \(1, 2\)"),
+        ([["a"]], "no number"),
+        ([[1, 2], []], "prompt 1 is empty"),
+    ],
+)
+def test_lists_that_are_no_prompts_are_refused(ids, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Prompts(ids)
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(3, 0), torch.ones(4).long(), torch.tensor([[1, 2], [0, 0]])])
