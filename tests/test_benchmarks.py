@@ -12,15 +12,19 @@ import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS / "workers"))  # whose cohere.py is not ours
 
 import decode  # noqa: E402
 import harness  # noqa: E402
+import ours  # noqa: E402
 import peers  # noqa: E402
 import scaling  # noqa: E402
 import sides  # noqa: E402
 import what_fits  # noqa: E402
 
+from palm_rlhf_pytorch import PaLM  # noqa: E402
 from palm_rlhf_pytorch.native import library  # noqa: E402
+from palm_rlhf_pytorch.native_step import NativeStep  # noqa: E402
 
 TINY = "--threads 1 --repeats 2 --dim 16 --depth 1 --heads 2 --dim-head 8 --vocab 32".split()
 COMMANDS = {
@@ -101,6 +105,24 @@ def test_roofline_is_the_larger_of_reading_and_computing():
     assert decode.roofline(options, built, harness.Limits(matmul=1e9, copy=10.0), 3) == pytest.approx(232.0)
     # 2 operations x 100 parameters x 3 rows
     assert decode.roofline(options, built, harness.Limits(matmul=2.0, copy=1e9), 3) == pytest.approx(300.0)
+
+
+def test_positions_are_compared_in_time_and_in_bytes():
+    options = argparse.Namespace(depth=2, dim_head=4, positions=[10, 20], position_batch=3, repeats=2)
+    built = {"ours": {"parameters": 100, "weight_bytes": 400, "bytes_of_step": 272}}
+    (row,) = decode.position_rows(options, {"ours": lambda do, batch, position: {"seconds": position / batch}}, built)
+    assert row["ratio"] == "2.00"
+    assert row["of bytes read"] == "1.88"  # 272 of weights, and 1,920 of cache as above or twice that: 4,112 / 2,192
+
+
+def test_our_steps_read_all_but_what_is_known_of_the_first_layer():
+    side = ours.Ours()
+    side.device, side.model = "cpu", PaLM(num_tokens=8, dim=32, depth=2, heads=2, dim_head=16)
+    # 32 inputs into 64 of queries, keys and values, 128 values and 128 gates; and 128 inputs into 32
+    known = 4 * (32 * (64 + 2 * 128) + 128 * 32)
+    assert side.bytes_known() == (known if NativeStep.fits(side.model) else 0)
+    side.model = PaLM(num_tokens=800, dim=32, depth=2, heads=2, dim_head=16)  # too many to be kept
+    assert side.bytes_known() == 0
 
 
 def test_slope_is_the_exponent():

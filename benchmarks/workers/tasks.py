@@ -69,12 +69,18 @@ class Task(ABC):
         self.model = self.model.to(getattr(torch, dtype))
         self.forward = torch.compile(self.model) if compile else self.model
         weights = list(self.model.parameters())
+        whole = sum(p.nbytes for p in weights)
         return {
             "difference": difference,
             "logits_std": float(theirs.std()),
             "parameters": sum(p.numel() for p in weights),
-            "weight_bytes": sum(p.nbytes for p in weights),
+            "weight_bytes": whole,
+            "bytes_of_step": whole - self.bytes_known(),
         }
+
+    def bytes_known(self) -> int:
+        """Of weights whose products with each token a generation makes once, and no step again."""
+        return 0
 
     def ids(self, batch: int, length: int, seed: int = 0) -> Tensor:
         return random_ids(self.vocabulary, batch, length, seed).to(self.device)
