@@ -98,12 +98,17 @@ def position_rows(
     for label in timed:
         row = {"batch": str(batch), "side": label, "runs": str(options.repeats)}
         at = [runs[f"{label} at {position}"] for position in positions]
-        read = [built[label]["bytes_of_step"] + cache_bytes(options, built[label], batch, p) for p in positions]
+        read = [
+            built[label]["weight_bytes"]
+            - run.first["known_bytes"]
+            + cache_bytes(options, built[label], batch, position)
+            for position, run in zip(positions, at, strict=True)
+        ]
         for position, run in zip(positions, at, strict=True):
             low, high = (three(1e3 * value) for value in run.quartiles())
             row[f"ms a token at {position:,}"] = f"{three(1e3 * run.median())} ({low} to {high})"
         row["ratio"] = f"{at[-1].median() / at[0].median():.2f}"
-        rows.append({**row, "of bytes read": f"{read[-1] / read[0]:.2f}"})
+        rows.append({**row, "of bytes, at least": f"{read[-1] / read[0]:.2f}"})
     return rows
 
 
@@ -132,9 +137,9 @@ def main() -> None:
         "share included; quartiles of the runs. Limits in this run, in turn with the sides: "
         f"{'; '.join(limits)}. A step's limit: the larger of weights and cache read once, at "
         "the pace at which the copy reads and writes, and 2 operations a parameter and sequence. Weights that fit into "
-        "the last cache may be read faster than that. Of bytes read: weights and cache of the last position over those "
-        "of the first; on a CPU our steps read nothing of the first layer but its attention's way out. Logits differ "
-        "from ours by at most "
+        "the last cache may be read faster than that. Of bytes: weights and cache at the last position over those at "
+        "the first, each read once, and no weights whose products are made beforehand, our first layer's on a CPU. "
+        "Logits differ from ours by at most "
         f"{max(b['difference'] for b in built.values()):.0e}."
     )
     print(notes)

@@ -128,10 +128,14 @@ class Generation:
         return out.masked_scatter(lengths_to_mask(self.response_mask.sum(dim=-1), n), self.sequence[self.response_mask])
 
 
+def check_integers(ids: Tensor, what: str) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers, got {ids.dtype}")
+
+
 def check_token_ids(ids: Tensor, num_tokens: int, what: str = "token ids") -> None:
     """Refuse ids outside the vocabulary; costs a device sync, so it is called at the doors only."""
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise TypeError(f"{what} must be integers, got {ids.dtype}")
+    check_integers(ids, what)
     if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < num_tokens):
         low, high = int(ids.min()), int(ids.max())
         raise ValueError(f"{what} run from {low} to {high}, but the vocabulary has ids 0 to {num_tokens - 1}")

@@ -24,7 +24,8 @@ class KeywordTrainer(OnPolicyTrainer):
     """An algorithm on a PaLM with a reward: a `RewardModel`, or any function (prompts, responses) -> scores, or several
     by name (see `Scorer`).
 
-    The keywords up to `accelerate_kwargs` are the reference's. Beyond them: actor_eps (Adam); optimizer_class;
+    The keywords up to `accelerate_kwargs` are the reference's; prompt_token_ids may be a list of prompts (n,) of any
+    lengths, too. Beyond them: actor_eps (Adam); optimizer_class;
     micro_batch_size (sequences computed at once); normalize_reward, missing_eos_penalty and overlong_buffer; kl_stop;
     reward_over ('text' or 'tokens', or by name which); process_reward (see `ProcessReward`); seed; metrics_path (a
     metrics.jsonl).

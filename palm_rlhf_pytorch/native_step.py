@@ -70,7 +70,7 @@ class NativeStep(PackedStep):
     def __init__(self, palm: PaLM, rows: int, steps: int = 0):
         self.room = torch.empty(0, dtype=torch.float32, device="cpu")
         self.memory = spare.pop(palm, self.room)
-        self.computes = is_small(palm) and steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
+        self.computes = computes_beforehand(palm, rows, steps)
         super().__init__(palm, rows)
 
     @staticmethod
@@ -245,6 +245,11 @@ def laid_out(weight: Tensor) -> int:
     """How many numbers its panels have, which are whole."""
     outputs, inputs = weight.shape
     return -(-outputs // WIDE) * WIDE * inputs
+
+
+def computes_beforehand(palm: PaLM, rows: int, steps: int) -> bool:
+    """Whether what the first layer makes of each token is worth it."""
+    return is_small(palm) and steps * max(rows, AS_MANY) >= WORTH * palm.num_tokens
 
 
 def check_room(cache: KVCache, palm: PaLM, more: int) -> None:

@@ -8,43 +8,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from palm_rlhf_pytorch.batches import encode_prompt, pad_sequences
 from palm_rlhf_pytorch.conversation import from_json
-from palm_rlhf_pytorch.generation import check_prompts
+from palm_rlhf_pytorch.generation import check_integers, check_prompts
 from palm_rlhf_pytorch.tokenizer import Tokenizer
 
 TokenIds = Tensor | Sequence[Sequence[int] | Tensor]
 
 
-def side_by_side(prompts: Sequence[Sequence[int] | Tensor], pad_value: int) -> Tensor:
-    """Prompts (n,) of any lengths -> (p, n), padded on the right."""
-    wanted = "prompt token ids are a tensor (prompts, n) or a list of prompts, each a list or tensor (n,) of ids"
-    try:
-        rows = [torch.as_tensor(prompt) for prompt in prompts]
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{wanted}; got what is no number") from None
-    if not rows:
-        raise ValueError(f"{wanted}; got none")
-    for i, row in enumerate(rows):
+def listed(prompts: Sequence[Sequence[int] | Tensor]) -> list[list[int]]:
+    """Prompts of any lengths, each a list or a tensor (n,) of ids."""
+    if not prompts:
+        raise ValueError("there are no prompts: the list is empty")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            row = torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError):
+            got = f"{type(prompt).__name__} {str(prompt)[:40]}"
+            raise TypeError(f"prompt {i} must be a list or a tensor (n,) of token ids, got {got}") from None
         if row.ndim != 1:
-            raise ValueError(f"{wanted}; number {i} has shape {tuple(row.shape)}")
-    return pad_sequence(rows, batch_first=True, padding_value=pad_value)
+            raise ValueError(f"prompt {i} must be token ids (n,), got shape {tuple(row.shape)}")
+        if not row.numel():
+            raise ValueError(f"prompt {i} is empty; drop it or start it with a token")
+        check_integers(row, f"ids of prompt {i}")
+        rows.append(row.tolist())
+    return rows
 
 
 class Prompts:
-    """Token ids (p, n), padded on the right with `pad_value`, or a list of prompts (n,) of any lengths; only trailing
-    padding is taken off a prompt.
+    """Token ids (p, n), padded on the right with `pad_value`, or a list of prompts (n,) of any lengths. What a prompt
+    has of `pad_value` at its end is taken off, in a list too.
 
     Drawn without repeats until all have been seen, then in a new order. texts: what they were given as, if as text.
+    Raises TypeError and ValueError for what is no ids, and for prompts without any.
     """
 
     def __init__(self, ids: TokenIds, pad_value: int = 0, texts: Sequence[str] = ()):
-        ids = ids if isinstance(ids, Tensor) else side_by_side(ids, pad_value)
+        if isinstance(ids, list | tuple):
+            ids, _ = pad_sequences(listed(ids), pad_value)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            kind = type(ids).__name__
+            raise TypeError(f"prompt token ids are a tensor (prompts, n) or a list of prompts, got a {kind}") from None
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(f"prompt token ids (prompts, n) are needed, got shape {tuple(ids.shape)}")
-        self.ids, self.pad_value, self.texts = ids.cpu(), pad_value, texts
+        check_integers(ids, "prompt ids")
+        self.ids, self.pad_value, self.texts = ids.cpu().long(), pad_value, texts
         places = torch.arange(1, ids.shape[1] + 1)
         self.lengths = (places * (self.ids != pad_value)).amax(dim=-1)
         self.queue = torch.empty(0, dtype=torch.long)

@@ -759,6 +759,28 @@ def test_chunks_centre_as_float32_does_whole(monkeypatch, topk, half, error):
         assert a.dtype == half and (a.float() - b).norm() < 2 * error * b.norm()
 
 
+def test_weights_in_float64_centre_too():
+    """A weight function may compute in another precision; chunks give what the whole does."""
+    q, ids = torch.randn(3, 7).softmax(-1).topk(2)
+    places = Predictions(torch.randn(3, 4), torch.randn(7, 4, requires_grad=True), torch.zeros(3).long(), 1.0)
+    log_probs = (places.embeds @ places.weight.t()).log_softmax(-1)
+    exact = centering.centre(log_probs, q, torch.Tensor.double, ids)
+    found = centering.centres(places, torch.Tensor.double, lambda *rows: rows, q, ids)
+    torch.testing.assert_close(found, exact.float())
+    gradients = (torch.autograd.grad(t.sum(), places.weight) for t in (found, exact))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_backward_pass_under_autocast_is_that_of_the_forward_pass():
+    embeds, weight, q = torch.randn(6, 64), torch.randn(40, 64, requires_grad=True), torch.randn(6, 40).softmax(-1)
+    places = Predictions(embeds, weight, torch.zeros(6, dtype=torch.long), 1.0)
+    found = centering.centres(places, torch.ones_like, lambda q: (q, None), q).sum()
+    (plain,) = torch.autograd.grad(found, weight, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (inside,) = torch.autograd.grad(found, weight)
+    assert inside.equal(plain)
+
+
 def test_a_backward_pass_centres_by_what_autocast_gave_the_forward_pass():
     """Rounded to bfloat16, what sampled differs."""
     embeds, weight, seen = torch.randn(6, 64), torch.randn(40, 64, requires_grad=True), []

@@ -109,20 +109,22 @@ def test_roofline_is_the_larger_of_reading_and_computing():
 
 def test_positions_are_compared_in_time_and_in_bytes():
     options = argparse.Namespace(depth=2, dim_head=4, positions=[10, 20], position_batch=3, repeats=2)
-    built = {"ours": {"parameters": 100, "weight_bytes": 400, "bytes_of_step": 272}}
-    (row,) = decode.position_rows(options, {"ours": lambda do, batch, position: {"seconds": position / batch}}, built)
+    built = {"ours": {"parameters": 100, "weight_bytes": 400}}
+    sides = {"ours": lambda do, batch, position: {"seconds": position / batch, "known_bytes": 128}}
+    (row,) = decode.position_rows(options, sides, built)
     assert row["ratio"] == "2.00"
-    assert row["of bytes read"] == "1.88"  # 272 of weights, and 1,920 of cache as above or twice that: 4,112 / 2,192
+    assert (
+        row["of bytes, at least"] == "1.88"
+    )  # 272 of weights, and 1,920 of cache as above or twice that: 4,112 / 2,192
 
 
 def test_our_steps_read_all_but_what_is_known_of_the_first_layer():
     side = ours.Ours()
     side.device, side.model = "cpu", PaLM(num_tokens=8, dim=32, depth=2, heads=2, dim_head=16)
     # 32 inputs into 64 of queries, keys and values, 128 values and 128 gates; and 128 inputs into 32
-    known = 4 * (32 * (64 + 2 * 128) + 128 * 32)
-    assert side.bytes_known() == (known if NativeStep.fits(side.model) else 0)
-    side.model = PaLM(num_tokens=800, dim=32, depth=2, heads=2, dim_head=16)  # too many to be kept
-    assert side.bytes_known() == 0
+    known = 4 * (32 * (64 + 2 * 128) + 128 * 32) if NativeStep.fits(side.model) else 0
+    assert side.known_bytes(batch=1, steps=2) == known  # 24 rows' time for 8 tokens, 16 of which are worth it
+    assert side.known_bytes(batch=1, steps=1) == 0
 
 
 def test_slope_is_the_exponent():

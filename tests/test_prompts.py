@@ -32,7 +32,7 @@ def test_padding_of_another_id():
         prompts.check(3)
 
 
-@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
 def test_prompts_of_any_lengths_are_laid_side_by_side(kind):
     prompts = Prompts([kind(prompt) for prompt in ([1, 2, 3], [4], [5, 9])], pad_value=9)
     assert prompts.ids.tolist() == [[1, 2, 3], [4, 9, 9], [5, 9, 9]] and prompts.lengths.tolist() == [3, 1, 1]
@@ -40,18 +40,30 @@ def test_prompts_of_any_lengths_are_laid_side_by_side(kind):
     assert trainer.prompts.lengths.tolist() == [3, 1]
 
 
+def test_ids_of_any_integers_become_long():
+    few = torch.tensor([5], dtype=torch.uint8)
+    assert Prompts([few, torch.tensor([300, 2])], pad_value=256).ids.tolist() == [[5, 256], [300, 2]]
+    assert Prompts(few[None]).ids.dtype == torch.long
+
+
 @pytest.mark.parametrize(
-    "ids, message",
+    "ids, error, message",
     [
-        ([], "got none"),
-        ([1, 2], r"number 0 has shape \(\)"),
-        ([[1], torch.ones(1, 2)], r"number 1 has shape \(1, 2\)"),
-        ([["a"]], "no number"),
-        ([[1, 2], []], "prompt 1 is empty"),
+        ([], ValueError, "the list is empty"),
+        ([1, 2], ValueError, r"prompt 0 must be token ids \(n,\), got shape \(\)"),
+        ([[1], torch.ones(1, 2).long()], ValueError, r"prompt 1 .* got shape \(1, 2\)"),
+        (["ab"], TypeError, "prompt 0 must be a list or a tensor .* got str ab"),
+        ([[1], [2**70]], TypeError, "prompt 1 .* got list .1180591620717411303424"),
+        ([[5], [3.7, 2.0]], TypeError, "ids of prompt 1 must be integers, got torch.float32"),
+        ([[True], [5]], TypeError, "ids of prompt 0 must be integers, got torch.bool"),
+        ([[1, 2], []], ValueError, "prompt 1 is empty"),
+        ([[], [1, 2]], ValueError, "prompt 0 is empty"),
+        ({"input_ids": torch.ones(1, 2)}, TypeError, "a list of prompts, got a dict"),
+        (torch.ones(1, 2), TypeError, "prompt ids must be integers, got torch.float32"),
     ],
 )
-def test_lists_that_are_no_prompts_are_refused(ids, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+def test_what_is_no_prompts_is_refused(ids, error, message):
+    with pytest.raises(error, match=message):
         Prompts(ids)
 
 

@@ -8,8 +8,7 @@ from tasks import Task, now
 from torch import Tensor
 
 from palm_rlhf_pytorch import PaLM, RLHFTrainer
-from palm_rlhf_pytorch.first_layer import is_small
-from palm_rlhf_pytorch.native_step import NativeStep, matrices
+from palm_rlhf_pytorch.native_step import NativeStep, computes_beforehand, matrices
 
 
 class Ours(Task):
@@ -32,10 +31,11 @@ class Ours(Task):
     def clock(self, ids: Tensor, length: int) -> list[float]:
         return [now(self.device) for _ in self.model.stream(length, ids, filter_logits_fn=None)]
 
-    def bytes_known(self) -> int:
-        if self.device != "cpu" or not (NativeStep.fits(self.model) and is_small(self.model)):
+    def known_bytes(self, batch: int, steps: int) -> int:
+        palm = self.model
+        if self.device != "cpu" or not (NativeStep.fits(palm) and computes_beforehand(palm, batch, steps)):
             return 0
-        qkv, values, gates, _, of_ff = matrices(self.model.layers[0].fn)  # all but the way out of attention
+        qkv, values, gates, _, of_ff = matrices(palm.layers[0].fn)  # all but the way out of attention
         return sum(w.nbytes for w in (qkv, values, gates, of_ff))
 
     def ppo(self, rollout: int, minibatch: int, at_once: int, prompt: int, length: int) -> None:

@@ -69,17 +69,15 @@ class Task(ABC):
         self.model = self.model.to(getattr(torch, dtype))
         self.forward = torch.compile(self.model) if compile else self.model
         weights = list(self.model.parameters())
-        whole = sum(p.nbytes for p in weights)
         return {
             "difference": difference,
             "logits_std": float(theirs.std()),
             "parameters": sum(p.numel() for p in weights),
-            "weight_bytes": whole,
-            "bytes_of_step": whole - self.bytes_known(),
+            "weight_bytes": sum(p.nbytes for p in weights),
         }
 
-    def bytes_known(self) -> int:
-        """Of weights whose products with each token a generation makes once, and no step again."""
+    def known_bytes(self, batch: int, steps: int) -> int:
+        """Of weights that steps do not read, for their products with each token were made beforehand."""
         return 0
 
     def ids(self, batch: int, length: int, seed: int = 0) -> Tensor:
@@ -109,7 +107,10 @@ class Task(ABC):
         """Seconds a token over a window of positions; its middle is `position`, what is before it is the prompt."""
         prompt = position - window // 2
         times = self.clock(self.ids(batch, prompt), prompt + window + 1)  # the first token comes with the prompt
-        return {"seconds": (times[-1] - times[0]) / (len(times) - 1)}
+        return {
+            "seconds": (times[-1] - times[0]) / (len(times) - 1),
+            "known_bytes": self.known_bytes(batch, len(times)),
+        }
 
     def serve(self) -> None:
         prime()

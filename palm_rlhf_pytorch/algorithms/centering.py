@@ -89,13 +89,12 @@ class Centres(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(embeds, weight, *sampler)
         ctx.scale, ctx.rounded, ctx.weight_fn, ctx.distribution = scale, rounded, weight_fn, distribution
-        kind = embeds.device.type  # as now, `distribution` is to multiply in the backward pass
+        kind = embeds.device.type
         ctx.precision = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         found = results(embeds[:, 0])
         for to, e, *rows in chunks(weight, found, embeds, *sampler):
             q, ids = distribution(*rows)
             to.copy_(centre(chunk_log_probs(e, weight, scale, rounded), q, weight_fn, ids))
-            del q, ids  # or two chunks would be in memory
         return found
 
     @staticmethod
@@ -104,15 +103,15 @@ class Centres(torch.autograd.Function):
         """By the logits: d/dz_j sum_v c_v log p_v = c_j - p_j sum_v c_v, times scale."""
         embeds, weight, *sampler = ctx.saved_tensors
         gradients = Gradients(embeds, weight, ctx.needs_input_grad[:2])
-        for g, e, *rows in chunks(weight, by_centre * ctx.scale, embeds, *sampler):
-            with torch.autocast(*ctx.precision):
+        with torch.autocast(*ctx.precision):  # as in the forward pass
+            for g, e, *rows in chunks(weight, by_centre * ctx.scale, embeds, *sampler):
                 q, ids = ctx.distribution(*rows)
-            log_probs = chunk_log_probs(e, weight, ctx.scale, ctx.rounded)
-            c = coefficients(log_probs, q, ctx.weight_fn, ids)[0] * g[:, None]
-            of_logits = log_probs.exp_().mul_(-c.sum(dim=-1, keepdim=True))
-            of_logits = of_logits.add_(c) if ids is None else of_logits.scatter_add_(-1, ids, c)
-            gradients.add(of_logits, e, weight)
-            del q, ids, c, log_probs, of_logits
+                log_probs = chunk_log_probs(e, weight, ctx.scale, ctx.rounded)
+                c = (coefficients(log_probs, q, ctx.weight_fn, ids)[0] * g[:, None]).to(log_probs.dtype)
+                of_logits = log_probs.exp_().mul_(-c.sum(dim=-1, keepdim=True))
+                of_logits = of_logits.add_(c) if ids is None else of_logits.scatter_add_(-1, ids, c)
+                gradients.add(of_logits, e, weight)
+                del q, ids, c, log_probs, of_logits  # or two chunks would be in memory
         return *gradients.pair(), *[None] * (4 + len(sampler))
 
 
