@@ -226,10 +226,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         if by_log_probs is None:
             by_log_probs = torch.zeros(len(targets), device=targets.device)
         entropies_too = () if by_entropy is None else (entropy, by_entropy)
-        for e, t, g, *h in chunks(weight, embeds, targets, by_log_probs, *entropies_too):
-            log_probs = chunk_log_probs(e, weight, ctx.scale, ctx.rounded)
-            gradients.add(to_gradient_of_logits(log_probs, t, g, ctx.scale, *h), e, weight)
-            del log_probs
+        with torch.autocast(embeds.device.type, enabled=False):  # as in the forward pass
+            for e, t, g, *h in chunks(weight, embeds, targets, by_log_probs, *entropies_too):
+                log_probs = chunk_log_probs(e, weight, ctx.scale, ctx.rounded)
+                gradients.add(to_gradient_of_logits(log_probs, t, g, ctx.scale, *h), e, weight)
+                del log_probs
         return *gradients.pair(), None, None, None
 
 

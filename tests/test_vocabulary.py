@@ -202,6 +202,17 @@ def test_a_tied_vocabulary_has_one_gradient(make_palm, monkeypatch, trained):
         torch.testing.assert_close(ours, 2 * theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_chunks_go_backward_under_autocast_as_they_went_forward(monkeypatch):
+    in_chunks(monkeypatch, 4, 40)
+    embeds, weight = torch.randn(9, 64), torch.randn(40, 64, requires_grad=True)
+    log_probs, entropy = vocabulary.linear_log_probs(embeds, weight, torch.randint(0, 40, (9,)))
+    loss = log_probs.sum() + entropy.sum()
+    (plain,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (inside,) = torch.autograd.grad(loss, weight)
+    assert inside.equal(plain)
+
+
 def test_lookup_without_the_loss_has_its_own_gradient():
     weight, ids, tied = torch.randn(7, 4, requires_grad=True), torch.tensor([[1, 1, 6]]), []
     vocabulary.Lookup.apply(ids, weight, tied).sum().backward()
