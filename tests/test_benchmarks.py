@@ -113,9 +113,8 @@ def test_positions_are_compared_in_time_and_in_bytes():
     sides = {"ours": lambda do, batch, position: {"seconds": position / batch, "known_bytes": 128}}
     (row,) = decode.position_rows(options, sides, built)
     assert row["ratio"] == "2.00"
-    assert (
-        row["of bytes, at least"] == "1.88"
-    )  # 272 of weights, and 1,920 of cache as above or twice that: 4,112 / 2,192
+    # 272 of weights, and 1,920 of cache as above or twice that: 4,112 / 2,192
+    assert row["of bytes, at least"] == "1.88"
 
 
 def test_our_steps_read_all_but_what_is_known_of_the_first_layer():
